@@ -1,0 +1,1 @@
+"""A Gradio demo of a trained model."""

@@ -1,0 +1,1 @@
+"""Sample latents and decode them."""

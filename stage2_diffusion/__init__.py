@@ -1,0 +1,1 @@
+"""Stage 2: a diffusion model of latents."""
