@@ -5,10 +5,14 @@ on the number of processes, workers or micro-batches, so neither does the run.
 """
 
 import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+_BLOCK, _WINDOW = 64, 256  # items in a block of the order, blocks in a window
 _WORDS_PER_BLOCK = 4  # Philox 4x64 yields four words for each value of its counter
 
 
@@ -43,3 +47,43 @@ def normal(seed: int, purpose: str, start: int, count: int, shape: tuple[int, ..
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
     """A NumPy generator of its own for this purpose and position."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, *position)))
+
+
+class KeyedOrder(NamedTuple):
+    """An endless order of `size` items, shuffled anew each epoch, read at any position without going through the rest.
+
+    A block shuffle: blocks of neighbours are permuted, then the items within each window of blocks. Any block meets
+    any other, disks read runs of neighbours, and memory is one number a block even for 10^8 items.
+    """
+
+    size: int
+    seed: int
+    purpose: str = "order"
+
+    def indices(self, positions: Iterable[int]) -> np.ndarray:
+        """The items (n,) at these positions, counted over all epochs."""
+        return np.array([self.index(position) for position in positions], dtype=np.int64)
+
+    def index(self, position: int) -> int:
+        """The item at one position."""
+        epoch, offset = divmod(position, self.size)
+        _, starts = _blocks(self, epoch)
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        return int(_window(self, epoch, window)[offset - starts[window]])
+
+
+@lru_cache(maxsize=4)
+def _blocks(order: KeyedOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The permuted blocks of an epoch, and the offset at which each window starts."""
+    count = -(-order.size // _BLOCK)
+    blocks = numpy_generator(order.seed, order.purpose, epoch).permutation(count)
+    lengths = np.where(blocks == count - 1, order.size - (count - 1) * _BLOCK, _BLOCK)
+    return blocks, np.concatenate([[0], np.cumsum(lengths)[:-1]])[::_WINDOW]
+
+
+@lru_cache(maxsize=8)
+def _window(order: KeyedOrder, epoch: int, window: int) -> np.ndarray:
+    """The items of one window, shuffled."""
+    blocks = _blocks(order, epoch)[0][window * _WINDOW : (window + 1) * _WINDOW]
+    items = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+    return numpy_generator(order.seed, order.purpose, epoch, window).permutation(items[items < order.size])

@@ -1,0 +1,37 @@
+"""A running average of weights whose width is a share of the run, so that short and long runs are served alike."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class PowerEma:
+    """The power-function average of a model's parameters (Karras et al. 2024, EDM2, eq. 123: beta_t = (1 - 1/t)^(gamma + 1)).
+
+    The first update copies the weights, so nothing of the random start remains; after t updates the average reaches
+    back over `width` * t of them.
+    """
+
+    def __init__(self, model: nn.Module, width: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.gamma = gamma_of_width(width)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step number `step` (counted from 1)."""
+        weight = 1 - (1 - 1 / step) ** (self.gamma + 1)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return self.model.state_dict()
+
+
+def gamma_of_width(width: float) -> float:
+    """The exponent whose profile has the relative standard deviation `width` (EDM2, eq. 126)."""
+    t = width**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())

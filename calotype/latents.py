@@ -1,0 +1,143 @@
+"""The latent cache: what the autoencoder says of each picture, in safetensors shards under an index.
+
+A shard holds `mean` and `std` (n, c, h, w) in fp16 (VQ: `mean` alone, the latent itself), the same for mirror images
+where they were asked for, `label` (n,), and the captions as bytes with their ends. The index names the autoencoder and
+the data that the cache belongs to.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calotype import checkpoint
+from calotype.data import Batch, Share
+from calotype.errors import UserError
+from calotype.randomness import KeyedOrder, normal, uniform
+
+VERSION = 1
+
+
+class Index(NamedTuple):
+    """The content of index.json."""
+
+    version: int
+    fingerprint: str  # of the data sheet
+    vae: str  # hash of the autoencoder's weights and config
+    shape: list[int]  # (c, h, w)
+    flip: bool
+    classes: list[str]
+    image_size: list[int]
+    counts: dict[str, int]  # by split
+    shards: dict[str, list[str]]  # by split
+
+    def write(self, folder: Path) -> None:
+        """Write index.json; a cache without it is unfinished."""
+        checkpoint.write_text(folder / "index.json", json.dumps(self._asdict(), indent=1))
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a cache; raises UserError where there is none or where it is from another version."""
+    try:
+        index = Index(**json.loads((folder / "index.json").read_text()))
+    except OSError:
+        raise UserError(f"--latents {folder} holds no finished cache; run `calotype encode` first.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'index.json'} is not a latent cache ({error}); run `calotype encode`.") from None
+    if index.version != VERSION:
+        raise UserError(f"{folder} has format {index.version}, not {VERSION}; run `calotype encode --fresh`.")
+    return index
+
+
+def write_shard(file: Path, moments: dict[str, Tensor], labels: Tensor, captions: list[str]) -> None:
+    """Write one shard under a temporary name and rename it."""
+    texts = [caption.encode() for caption in captions]
+    tensors = {name: value.to(torch.float16).contiguous() for name, value in moments.items()}
+    tensors["label"] = labels.to(torch.int32)
+    tensors["caption"] = torch.from_numpy(np.frombuffer(b"".join(texts), dtype=np.uint8).copy())
+    tensors["caption_end"] = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
+    temporary = file.with_name(f".{file.name}")
+    save_file(tensors, temporary)
+    temporary.replace(file)
+
+
+class LatentCache:
+    """One split of a cache, read where it lies: shards are mapped into memory, not loaded."""
+
+    def __init__(self, folder: Path, split: Literal["train", "val"]):
+        self.index = read_index(folder)
+        self.shards = [load_file(folder / name) for name in self.index.shards[split]]
+        self.ends = np.cumsum([len(shard["label"]) for shard in self.shards])
+        if not self.shards or self.ends[-1] != self.index.counts[split]:
+            raise UserError(f"{folder} does not hold the {split} latents that its index names; encode again.")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def gather(self, items: np.ndarray, name: str) -> Tensor:
+        """Rows of the tensor called `name` for these items, in their order, in fp32 (labels: int64)."""
+        where = np.searchsorted(self.ends, items, side="right")
+        rows = torch.from_numpy(items - (self.ends - np.diff(self.ends, prepend=0))[where])
+        if len(self.shards) == 1:
+            found = self.shards[0][name].index_select(0, rows)
+        else:
+            found = self._gather_from_many(where, rows, name)
+        return found.long() if name == "label" else found.float()
+
+    def caption(self, item: int) -> str:
+        """The caption of one item, or ""."""
+        shard = self.shards[int(np.searchsorted(self.ends, item, side="right"))]
+        row = item - int(self.ends[np.searchsorted(self.ends, item, side="right")]) + len(shard["label"])
+        start = int(shard["caption_end"][row - 1]) if row else 0
+        return bytes(shard["caption"][start : int(shard["caption_end"][row])].tolist()).decode()
+
+    def sample(self, items: np.ndarray, eps: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Latents z = mean + std * eps (B, c, h, w); of the mirror images where `mirrored` (B,) says so."""
+        z = self._posterior(items, eps, "")
+        if mirrored is None or not self.index.flip:
+            return z
+        return torch.where(mirrored[:, None, None, None], self._posterior(items, eps, "_flipped"), z)
+
+    def _posterior(self, items: np.ndarray, eps: Tensor, suffix: str) -> Tensor:
+        mean = self.gather(items, "mean" + suffix)
+        return mean + self.gather(items, "std" + suffix) * eps if "std" in self.shards[0] else mean
+
+    def _gather_from_many(self, where: np.ndarray, rows: Tensor, name: str) -> Tensor:
+        first = self.shards[0][name]
+        found = first.new_empty(len(rows), *first.shape[1:])
+        for number in np.unique(where):
+            here = torch.from_numpy(where == number)
+            found[here] = self.shards[number][name].index_select(0, rows[here])
+        return found
+
+
+class LatentBatches:
+    """Batches of sampled latents and labels; order, noise and mirroring are functions of the position."""
+
+    def __init__(self, cache: LatentCache, seed: int):
+        self.cache, self.seed = cache, seed
+        self.order = KeyedOrder(len(cache), seed)
+        self.waited = 0.0  # seconds spent reading
+
+    def at(self, positions: range) -> Batch:
+        """The batch at neighbouring positions: z (B, c, h, w) and class ids (B,)."""
+        items = self.order.indices(positions)
+        start, count = positions.start, len(positions)
+        eps = normal(self.seed, "posterior", start, count, tuple(self.cache.index.shape))
+        mirrored = uniform(self.seed, "flip", start, count) < 0.5
+        return Batch(self.cache.sample(items, eps, mirrored), self.cache.gather(items, "label"), start)
+
+    def from_step(self, step: int, share: Share) -> Iterator[Batch]:
+        """The batches of one process from a step on, for ever."""
+        while True:
+            began = time.perf_counter()
+            batch = self.at(share.positions(step))
+            self.waited += time.perf_counter() - began
+            yield batch
+            step += 1

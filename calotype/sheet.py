@@ -1,0 +1,286 @@
+"""Image sources, the embedded shapes or a folder, and their data sheet.
+
+A source is read once. What was found goes into data.json (the sheet) and manifest.jsonl (a line a picture); later
+commands take the sheet as their SOURCE and never list the files again.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from calotype import checkpoint, shapes
+from calotype.config import PRESET_IMAGE_SIZE, DataSettings, fraction_of, height_width
+from calotype.errors import UserError
+from calotype.folder import Entry, list_pictures
+from calotype.images import UnreadableImage, load_image
+
+UNLABELLED = -1
+SHAPES_COUNT = 12_000  # a multiple of 48, so that every class has as many
+_BAD_SHARE = 0.01
+_DEFAULT_FRACTION = 0.05
+VARIATIONS = {"shapes": shapes.PLAIN, "shapes:full": shapes.FULL}
+
+
+class Record(NamedTuple):
+    """One picture: its file (or number), class id or -1, caption or "", and whether it is held out."""
+
+    file: str
+    label: int
+    text: str
+    val: bool
+
+
+@dataclass
+class Sheet:
+    """What was read: the content of data.json."""
+
+    source: str
+    root: str
+    val: str
+    image_size: list[int]
+    fit: str
+    channels: int
+    seed: int
+    counts: dict[str, int]
+    classes: dict[str, int]
+    captions: bool
+    sizes: dict[str, int]
+    bad_count: int
+    bad: list[dict[str, str]]
+    manifest: str = ""
+    fingerprint: str = ""
+    val_root: str | None = None
+    records: list[Record] = field(default_factory=list, repr=False)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of their ids; empty where the pictures have no classes."""
+        return list(self.classes)
+
+    def write(self, out: Path) -> None:
+        """Write data.json and manifest.jsonl."""
+        out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(record, ensure_ascii=True) + "\n" for record in self.records)
+        self.manifest = hashlib.sha256(lines.encode()).hexdigest()
+        checkpoint.write_text(out / "manifest.jsonl", lines)
+        content = {k: v for k, v in asdict(self).items() if k != "records"}
+        checkpoint.write_text(out / "data.json", json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def main(settings) -> None:
+    """`calotype data`: write the sheet, or keep the one that is there."""
+    file = settings.out / "data.json"
+    if settings.fresh or not file.exists():
+        make_sheet(settings.source, settings, settings.seed, PRESET_IMAGE_SIZE[settings.preset]).write(settings.out)
+    sheet = read_sheet(file)
+    if sheet.source != settings.source:
+        raise UserError(f"--out {settings.out} holds the data sheet of {sheet.source}; give another --out or --fresh.")
+    _refuse_contradiction(sheet, settings, file)
+    print(summary(sheet))
+
+
+def open_sheet(source: str, settings: DataSettings, seed: int, out: Path, image_size: str) -> Sheet:
+    """The sheet that `source` names (a data.json), or that of a source read now and written into `out`."""
+    if Path(source).name == "data.json":
+        sheet = read_sheet(Path(source))
+        _refuse_contradiction(sheet, settings, Path(source))
+        return sheet
+    sheet = make_sheet(source, settings, seed, image_size)
+    sheet.write(out)
+    return sheet
+
+
+def read_sheet(file: Path) -> Sheet:
+    """A sheet from data.json and its manifest; raises UserError if they do not belong together."""
+    try:
+        sheet = Sheet(**json.loads(file.read_text()))
+        lines = file.with_name("manifest.jsonl").read_text()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); run `calotype data` again.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is not a data sheet ({error}); run `calotype data` again.") from None
+    if hashlib.sha256(lines.encode()).hexdigest() != sheet.manifest:
+        raise UserError(f"{file.with_name('manifest.jsonl')} was changed since {file}; run `calotype data --fresh`.")
+    sheet.records = [Record(*json.loads(line)) for line in lines.splitlines()]
+    return sheet
+
+
+def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) -> Sheet:
+    """Read a source; unreadable files are left out and named, more than 1 in 100 raises UserError."""
+    if source in VARIATIONS:
+        found = _read_shapes(source, seed, fraction_of(settings.val) or _DEFAULT_FRACTION)
+    elif ":" in source and not Path(source).exists():
+        raise UserError(f"SOURCE {source} is not known; give `shapes`, `shapes:full` or a folder of pictures.")
+    else:
+        found = _read_folder(Path(source), settings)
+    sheet = Sheet(
+        source=source,
+        image_size=list(height_width(settings.image_size or image_size)),
+        fit=settings.fit or "crop",
+        channels=settings.channels or found.channels,
+        seed=seed,
+        counts={"train": sum(not r.val for r in found.records), "val": sum(r.val for r in found.records)},
+        classes={name: sum(r.label == i for r in found.records) for i, name in enumerate(found.classes)},
+        captions=any(r.text for r in found.records),
+        sizes=found.sizes,
+        bad_count=len(found.bad),
+        bad=found.bad[:1000],
+        root=found.root,
+        val_root=found.val_root,
+        val=settings.val or str(_DEFAULT_FRACTION),
+        records=found.records,
+    )
+    sheet.fingerprint = _fingerprint(sheet, found.bytes)
+    return sheet
+
+
+def summary(sheet: Sheet) -> str:
+    """One sentence about a sheet."""
+    height, width = sheet.image_size
+    classes = f", {len(sheet.classes)} classes" if sheet.classes else ""
+    bad = f", {sheet.bad_count} unreadable" if sheet.bad_count else ""
+    return (
+        f"{sheet.source}: {sheet.counts['train']:,} pictures to train on, {sheet.counts['val']:,} held out"
+        f"{classes}{bad}; prepared as {height}x{width}, {'grey' if sheet.channels == 1 else 'colour'}."
+    )
+
+
+class _Found(NamedTuple):
+    """What reading a source found."""
+
+    records: list[Record]
+    classes: list[str]
+    channels: int
+    sizes: dict[str, int]
+    bad: list[dict[str, str]]
+    bytes: list[int]
+    root: str = ""
+    val_root: str | None = None
+
+
+def _read_shapes(source: str, seed: int, fraction: float) -> _Found:
+    names = [str(i) for i in range(SHAPES_COUNT)]
+    held_out = _held_out(names, fraction)
+    factors = [shapes.draw_factors(seed, i, VARIATIONS[source]) for i in range(SHAPES_COUNT)]
+    records = [Record(n, f.label, f.caption, val) for n, f, val in zip(names, factors, held_out, strict=True)]
+    return _Found(records, list(shapes.CLASSES), 3, {}, [], [])
+
+
+def _read_folder(root: Path, settings: DataSettings) -> _Found:
+    fraction = fraction_of(settings.val) or _DEFAULT_FRACTION
+    val_root = Path(settings.val) if settings.val and fraction_of(settings.val) is None else None
+    train = _check(root, list_pictures(root))
+    val = _check(val_root, list_pictures(val_root)) if val_root else []
+    good, bad = [c for c in train + val if not c.fault], [c for c in train + val if c.fault]
+    _refuse_many_bad(root, bad, len(train + val), settings.allow_bad)
+    classes = sorted({c.entry.label for c in train if c.entry.label})
+    _refuse_unknown_label(val_root, val, classes)
+    number = {name: i for i, name in enumerate(classes)}
+    in_train = sum(not c.fault for c in train)
+    held_out = [False] * in_train if val_root else _held_out([c.entry.file for c in good], fraction)
+    held_out += [True] * (len(good) - len(held_out))
+    return _Found(
+        records=[
+            Record(c.entry.file, number.get(c.entry.label, UNLABELLED), c.entry.text, val)
+            for c, val in zip(good, held_out, strict=True)
+        ],
+        classes=classes,
+        channels=1 if all(c.grey for c in good) else 3,
+        sizes=dict(Counter(f"{c.size[1]}x{c.size[0]}" for c in good).most_common(20)),
+        bad=[{"file": c.entry.file, "reason": c.fault} for c in bad],
+        bytes=[c.bytes for c in good],
+        root=str(root.resolve()),
+        val_root=str(val_root.resolve()) if val_root else None,
+    )
+
+
+class _Checked(NamedTuple):
+    """A file after the image gate: its fault, or what it holds."""
+
+    entry: Entry
+    fault: str = ""
+    size: tuple[int, int] = (0, 0)
+    grey: bool = True
+    bytes: int = 0
+
+
+def _check(root: Path, entries: list[Entry]) -> list[_Checked]:
+    """Decode every file once: only that finds the truncated ones before step 40,000 does."""
+
+    def check(entry: Entry) -> _Checked:
+        try:
+            picture = load_image(root / entry.file, channels=3, draft_size=512)
+        except UnreadableImage as error:
+            return _Checked(entry, fault=str(error))
+        return _Checked(entry, "", picture.size, _is_grey(picture), (root / entry.file).stat().st_size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(track(pool.map(check, entries), f"Reading {root}", len(entries), transient=True))
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    rgb = np.asarray(picture)
+    return bool((rgb == rgb[..., :1]).all())
+
+
+def _held_out(names: list[str], fraction: float) -> list[bool]:
+    """Which names are held out: by hash, so that a new file never moves an old one; at least one, never all."""
+    score = [int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "big") / 2**64 for n in names]
+    held = [s < fraction for s in score]
+    if len(names) > 1 and sum(held) in (0, len(names)):
+        lowest = score.index(min(score))
+        held = [i == lowest for i in range(len(names))]
+    return held
+
+
+def _refuse_many_bad(root: Path, bad: list[_Checked], total: int, allow_bad: bool) -> None:
+    if len(bad) == total:
+        raise UserError(f"SOURCE {root}: none of its {total} files can be read; first: {bad[0].fault}.")
+    if len(bad) > _BAD_SHARE * total and not allow_bad:
+        raise UserError(
+            f"SOURCE {root}: {len(bad)} of {total} files cannot be read, first {bad[0].fault}; "
+            "mend them, or give --allow-bad to leave them out."
+        )
+
+
+def _refuse_unknown_label(val_root: Path | None, val: list[_Checked], classes: list[str]) -> None:
+    for checked in val:
+        if checked.entry.label and checked.entry.label not in classes:
+            raise UserError(
+                f"--val {val_root}: {checked.entry.file} has label {checked.entry.label!r}, which SOURCE does not have."
+            )
+
+
+def _refuse_contradiction(sheet: Sheet, settings: DataSettings, file: Path) -> None:
+    asked = {
+        "--image-size": settings.image_size and list(height_width(settings.image_size)),
+        "--fit": settings.fit,
+        "--channels": settings.channels,
+        "--val": settings.val,
+    }
+    have = {"--image-size": sheet.image_size, "--fit": sheet.fit, "--channels": sheet.channels, "--val": sheet.val}
+    for name, value in asked.items():
+        if value is not None and value != have[name]:
+            raise UserError(
+                f"{name} {_shown(value)}: {file} was made with {_shown(have[name])}; make another with `calotype data`."
+            )
+
+
+def _shown(value) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _fingerprint(sheet: Sheet, sizes_in_bytes: list[int]) -> str:
+    """A hash of everything that decides what training sees."""
+    law = [sheet.source if sheet.source in VARIATIONS else "folder", sheet.seed if not sheet.root else 0]
+    law += [sheet.image_size, sheet.fit, sheet.channels, sizes_in_bytes, sheet.records, list(sheet.classes)]
+    return hashlib.sha256(json.dumps(law).encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""What a run tells: one progress line, metrics.jsonl, accelerate's trackers."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TextColumn
+
+_PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
+
+
+class Journal:
+    """metrics.jsonl of one stage; lines beyond the step at which a run goes on are dropped."""
+
+    def __init__(self, file: Path, step: int, accelerator: Accelerator):
+        self.file, self.accelerator = file, accelerator
+        if accelerator.is_main_process and file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            file.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
+        """Append one line, and tell the trackers."""
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+
+class ProgressLine:
+    """Step, rate, time left, loss and the last validation on one line; plain lines where there is no terminal."""
+
+    def __init__(self, name: str, enabled: bool):
+        self.name, self.enabled = name, enabled
+        self.terminal = sys.stdout.isatty()
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
+        self.task = self.bar.add_task(name, total=1.0, text="")
+        self.last = 0.0
+        if enabled and self.terminal:
+            self.bar.start()
+
+    def show(self, progress: float, step: int, rate: float, left: float, values: dict[str, float]) -> None:
+        """Draw the line; `progress` in [0, 1], `rate` in examples a second, `left` in seconds."""
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = f"step {step}  {rate:,.0f} img/s  ETA {int(left) // 60}:{int(left) % 60:02d}  {figures}"
+        if self.terminal:
+            self.bar.update(self.task, completed=progress, text=text)
+        elif self.enabled and time.monotonic() - self.last > _PLAIN_EVERY:
+            self.last = time.monotonic()
+            print(f"{self.name}  {text}", flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.enabled and self.terminal:
+            self.bar.stop()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a torn one counts as the far future."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,171 @@
+"""Stage 1: train an autoencoder on pictures. `calotype train-vae`, or `torchrun -m calotype.stage1_vae.train`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import VQModel
+from PIL import Image
+from torch import Tensor
+
+from calotype import device, loop
+from calotype.checkpoint import publish
+from calotype.config import PRESET_IMAGE_SIZE
+from calotype.data import Batch, PictureBatches, Pictures, evenly_spaced, micro_batches, share_of
+from calotype.images import denormalize, image_grid, normalize
+from calotype.metrics import psnr
+from calotype.randomness import key, normal
+from calotype.sheet import Sheet, open_sheet, summary
+from calotype.stage1_vae import folding, models
+from calotype.stage1_vae.config import VaeSettings
+from calotype.stage1_vae.losses import RECONSTRUCTION
+from calotype.stage1_vae.regularizers import KL
+
+_VALIDATION_PICTURES = 512
+_STATISTICS_PICTURES = 16_384  # enough for a relative error of the deviation well below 1 %
+_SHEET_PICTURES = 16
+
+
+class VaeStage:
+    """Stage 1 as the loop sees it."""
+
+    name = "train-vae"
+    exports = ("vae",)
+
+    def __init__(self, settings: VaeSettings, sheet: Sheet, accelerator: Accelerator):
+        self.settings, self.accelerator = settings, accelerator
+        self.share = share_of(accelerator, settings.batch_size, settings.micro_batches)
+        self.pictures, self.held_out = Pictures(sheet, "train"), Pictures(sheet, "val")
+        size = tuple(sheet.image_size)
+        self.model = models.build(settings, sheet.channels, size)
+        if settings.init and not isinstance(self.model.vae, VQModel):
+            folding.ensure_quant_convs(self.model.vae)
+        device.choose_attention(self.model)
+        self.latent_shape = models.latent_shape(self.model.vae, size)
+        self.reconstruction = RECONSTRUCTION[settings.reconstruction]
+        # a penalty in nats is shared out over the picture's values, so that beta means the same at any size
+        values = sheet.channels * size[0] * size[1]
+        self.penalty_weight = settings.beta / values if isinstance(self.model.regularizer, KL) else 1.0
+        self.batch_source = PictureBatches(self.pictures, seed=settings.seed, flip=settings.flip)
+        self._start_codebook()
+        self.models = {"model": self.model}
+        self.averages = {}
+        self.identity = {"the data": sheet.fingerprint}
+        optimizer = loop.make_optimizer(self.model, settings)
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.optimizers = {"model": self.optimizer.optimizer}
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Pictures of this process from `step` on."""
+        return self.batch_source.from_step(step, self.share, self.settings.workers)
+
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One optimiser step on pictures (B, C, H, W)."""
+        parts = self.settings.micro_batches
+        figures: list[dict[str, Tensor]] = []
+        for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts):
+            loss, terms = self.loss(part)
+            self.accelerator.backward(loss / parts)
+            figures.append(terms)
+        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
+        means = {name: torch.stack([terms[name] for terms in figures]).mean() for name in figures[0]}
+        return means | {"gradient_norm": norm.detach()}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a batch, and its terms: reconstruction + weight * penalty."""
+        x = normalize(batch.x)
+        eps = normal(self.settings.seed, "posterior", batch.start, len(x), self.latent_shape).to(x)
+        out = self.wrapped(x, eps)
+        reconstruction = self.reconstruction(out.x_hat, x).mean()
+        penalty = out.penalty.mean()
+        loss = reconstruction + self.penalty_weight * penalty
+        terms = {"loss": loss, "reconstruction": reconstruction, self.model.regularizer.name: penalty}
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean PSNR over held-out pictures, shared out over the processes."""
+        chosen = evenly_spaced(len(self.held_out), _VALIDATION_PICTURES)
+        total = torch.zeros(2, device=self.accelerator.device)
+        for numbers in _chunks(chosen[self.share.rank :: self.share.world], 64):
+            x = self._batch(self.held_out, numbers)
+            values = psnr(self._reconstruct(x), x)
+            total += torch.stack([values.sum(), values.new_tensor(len(values))])
+        total = self.accelerator.reduce(total, "sum")
+        return {"psnr": (total[0] / total[1]).item()}
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image:
+        """Held-out pictures above their reconstructions."""
+        x = self._batch(self.held_out, evenly_spaced(len(self.held_out), _SHEET_PICTURES))
+        both = denormalize(torch.cat([x, self._reconstruct(x)]).cpu())
+        return image_grid(both, columns=len(x), row_labels=["input", "output"])
+
+    def export(self, folder: Path) -> None:
+        """Fold the latent statistics and write the autoencoder as folder/vae."""
+        vae = self.model.vae.eval()
+        log_variance = getattr(self.model.regularizer, "fixed_log_variance", None)
+        if log_variance is not None:
+            folding.fix_variance(vae, log_variance)
+        folding.fold(vae, self._statistics())
+        temporary = folder / ".vae"
+        vae.save_pretrained(temporary, safe_serialization=True)
+        publish(temporary, folder / "vae")
+
+    @torch.no_grad()
+    def _statistics(self) -> folding.Statistics:
+        """Statistics of the latents over the training pictures (at most 16,384 of them, spread evenly)."""
+        running = folding.RunningStatistics()
+        for numbers in _chunks(evenly_spaced(len(self.pictures), _STATISTICS_PICTURES), 128):
+            x = self._batch(self.pictures, numbers)
+            with device.autocast(self.settings.precision):
+                h = self.model.vae.quant_conv(self.model.vae.encoder(x)).float()
+            if isinstance(self.model.vae, VQModel):
+                running.add(self.model.regularizer(h, h)[0])
+            else:
+                mean, logvar = h.chunk(2, dim=1)
+                running.add(mean, logvar.clamp(-30, 20).double().exp())
+        return running.result()
+
+    def _reconstruct(self, x: Tensor) -> Tensor:
+        """x_hat (B, C, H, W), clamped, from the posterior's mean."""
+        eps = torch.zeros(len(x), *self.latent_shape, device=x.device)
+        with device.autocast(self.settings.precision):
+            return self.model(x, eps).x_hat.float().clamp(-1, 1)
+
+    def _batch(self, pictures: Pictures, numbers: list[int]) -> Tensor:
+        return normalize(torch.stack([pictures[i] for i in numbers]).to(self.accelerator.device))
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        """Begin VQ from codes of real pictures; a resumed run overwrites them."""
+        if isinstance(self.model.vae, VQModel) and not self.settings.init:
+            numbers = evenly_spaced(len(self.pictures), 256)
+            x = normalize(torch.stack([self.pictures[i] for i in numbers]))
+            h = self.model.vae.quant_conv(self.model.vae.encoder(x))
+            generator = torch.Generator().manual_seed(key(self.settings.seed, "codebook"))
+            self.model.regularizer.start_from(h, generator)
+
+
+def main(settings: VaeSettings) -> None:
+    """`calotype train-vae`."""
+    accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
+    if settings.trackers:
+        accelerator.init_trackers("calotype")
+    with accelerator.main_process_first():
+        sheet = open_sheet(settings.source, settings, settings.seed, settings.out, PRESET_IMAGE_SIZE[settings.preset])
+    accelerator.print(summary(sheet))
+    loop.fit(VaeStage(settings, sheet, accelerator), settings, accelerator)
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+if __name__ == "__main__":
+    from calotype.cli import main as cli
+
+    sys.exit(cli(["train-vae", *sys.argv[1:]]))

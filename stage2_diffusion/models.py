@@ -1,0 +1,67 @@
+"""The UNet of stage 2: a stock `UNet2DModel` of the latents' shape."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from calotype.errors import UserError
+from calotype.randomness import key
+from calotype.stage2_diffusion.config import DiffusionSettings
+
+_MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
+
+
+def build(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
+    """A UNet for latents of shape (c, h, w); class id `classes` is the null class. `classes` 0: unconditional."""
+    if settings.init:
+        return _load(settings.init, shape, classes)
+    _refuse_odd_levels(settings, shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(settings.seed, "init"))
+        return UNet2DModel(**_config(settings, shape, classes))
+
+
+def _config(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int) -> dict:
+    attention = [settings.attention and level > 0 for level in range(settings.depth)]
+    widths = tuple(settings.width * m for m in _MULTIPLIERS[: settings.depth])
+    return dict(
+        sample_size=shape[1] if shape[1] == shape[2] else shape[1:],
+        in_channels=shape[0],
+        out_channels=shape[0],
+        block_out_channels=widths,
+        layers_per_block=settings.layers,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        norm_num_groups=next(groups for groups in (32, 16, 8, 4, 2, 1) if settings.width % groups == 0),
+        attention_head_dim=min(64, settings.width),
+        add_attention=settings.attention,
+        num_class_embeds=classes + 1 if classes else None,
+    )
+
+
+def _refuse_odd_levels(settings: DiffusionSettings, shape: tuple[int, int, int]) -> None:
+    divisor = 2 ** (settings.depth - 1)
+    if shape[1] % divisor or shape[2] % divisor:
+        deepest = next(
+            d for d in range(settings.depth, 0, -1) if not (shape[1] % 2 ** (d - 1) or shape[2] % 2 ** (d - 1))
+        )
+        raise UserError(
+            f"--depth {settings.depth}: latents of {shape[1]}x{shape[2]} do not halve so often; try {deepest}."
+        )
+
+
+def _load(run: Path, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
+    folder = next(
+        (f for f in (run, run / "unet", run / "stage2_diffusion" / "unet") if (f / "config.json").is_file()), run
+    )
+    try:
+        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except OSError as error:
+        raise UserError(f"--init {run} holds no UNet ({str(error).splitlines()[0]}).") from None
+    if unet.config.in_channels != shape[0] or (unet.config.num_class_embeds or 0) != (classes + 1 if classes else 0):
+        raise UserError(
+            f"--init {run} is for {unet.config.in_channels} channels and {(unet.config.num_class_embeds or 1) - 1} classes; "
+            f"the cache has {shape[0]} and {classes}."
+        )
+    return unet
