@@ -10,7 +10,7 @@ from calotype.errors import UserError
 # command: (settings, function, one line of help); names only, so that --help imports no torch
 COMMANDS = {
     "run": ("calotype.settings:RunSettings", "calotype.run:main", "all of it: pictures to model, report and samples"),
-    "data": ("calotype.settings:SheetSettings", "calotype.data:main", "read a source and write its data sheet"),
+    "data": ("calotype.settings:SheetSettings", "calotype.sheet:main", "read a source and write its data sheet"),
     "train-vae": ("calotype.stage1_vae.config:VaeSettings", "calotype.stage1_vae.train:main", "stage 1: autoencoder"),
     "encode": (
         "calotype.stage1_vae.config:EncodeSettings",
@@ -23,7 +23,11 @@ COMMANDS = {
         "stage 2: a diffusion model of the latents",
     ),
     "export": ("calotype.settings:ExportSettings", "calotype.pipeline.export:main", "the parts to one model folder"),
-    "evaluate": ("calotype.settings:EvaluateSettings", "calotype.evaluate:main", "measure a run on held-out pictures"),
+    "evaluate": (
+        "calotype.settings:EvaluateSettings",
+        "calotype.pipeline.evaluate:main",
+        "measure on held-out pictures",
+    ),
     "report": ("calotype.settings:ReportSettings", "calotype.report:main", "one page about a run"),
     "generate": ("calotype.settings:GenerateSettings", "calotype.pipeline.generate:main", "draw pictures with a model"),
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),

@@ -21,7 +21,7 @@ _MEMORY = 2**30  # bytes of decoded pictures that a process may keep
 
 
 class Batch(NamedTuple):
-    """Examples at neighbouring positions: pictures uint8 (B, C, H, W) or latents (B, 2, C, h, w), and class ids (B,)."""
+    """Examples at neighbouring positions: pictures uint8 (B, C, H, W) or latents (B, c, h, w), and class ids (B,)."""
 
     x: Tensor
     label: Tensor

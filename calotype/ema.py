@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class PowerEma:
-    """The power-function average of a model's parameters (Karras et al. 2024, EDM2, eq. 123: beta_t = (1 - 1/t)^(gamma + 1)).
+    """The power-function average of parameters (Karras et al. 2024, EDM2, eq. 123: beta_t = (1 - 1/t)^(gamma + 1)).
 
     The first update copies the weights, so nothing of the random start remains; after t updates the average reaches
     back over `width` * t of them.

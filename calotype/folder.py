@@ -49,11 +49,7 @@ def _entry(root: Path, path: Path) -> Entry:
 def _picture_files(root: Path) -> list[Path]:
     """Picture files by path, without hidden ones and archive debris; each inode once, links followed once."""
     seen: set[tuple[int, int]] = set()
-    found = []
-    for path in _walk(root, seen):
-        if path.suffix.lower() in SUFFIXES and _is_new(path, seen):
-            found.append(path)
-    return found
+    return [path for path in _walk(root, seen) if path.suffix.lower() in SUFFIXES and _is_new(path, seen)]
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:

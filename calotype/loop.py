@@ -180,6 +180,8 @@ class Run:
         return bool(self.accelerator.reduce(told, "sum").item())
 
     def _finish(self) -> None:
+        if not self.validation:
+            self._validate()
         self._save()
         self.line.close()
         if self.accelerator.is_main_process:

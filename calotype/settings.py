@@ -1,7 +1,7 @@
 """Settings of the commands that belong to no stage."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from pydantic import Field
@@ -23,6 +23,8 @@ class SheetSettings(DataSettings):
 
 class RunSettings(DataSettings):
     """All of it: data sheet, stage 1, latents, stage 2, export, metrics, report; again to go on."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"out", "resume", "fresh", "checkpoint_every", "nproc"})
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, shapes:full or a folder of pictures")
     out: Path = Field(description="folder of the run")

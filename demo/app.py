@@ -53,11 +53,12 @@ def build(folder: Path, temporary: str):
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
     from calotype.demo import page
     from calotype.demo.studio import Studio
-    from calotype.device import device
+    from calotype.device import choose_attention, device
     from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 
     pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device())
-    pipe.set_progress_bar_config(disable=True)
+    choose_attention(pipe.unet)
+    choose_attention(pipe.vae)
     return page.build(Studio(pipe), title_of(folder)).queue(**QUEUE)
 
 

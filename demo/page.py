@@ -11,7 +11,7 @@ from functools import partial
 import gradio as gr
 from PIL import Image
 
-from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, MOST_STEPS, Studio
+from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, MOST_STEPS, Request, Studio
 from calotype.errors import UserError
 
 ANY = ""  # the value behind "any"; no label is empty
@@ -100,9 +100,7 @@ def generate_tab(studio: Studio) -> None:
             status = gr.Markdown()
         with gr.Column(scale=3, min_width=340):
             tray = gr.HTML(EMPTY, elem_classes=_crisp(studio))
-            gallery = gr.Gallery(
-                visible=False, show_label=False, object_fit="contain", elem_classes=["print", _crisp(studio)], **PRINT
-            )
+            gallery = gr.Gallery(visible=False, show_label=False, elem_classes=["print", _crisp(studio)], **PRINT)
     running = generate.click(
         partial(developing, studio),
         orders,
@@ -146,11 +144,16 @@ def developing(studio: Studio, label, count, seed, roll, steps, guidance) -> Ite
         note = f"Seed {request.seed} · {event.steps} steps · {now - began:.1f} s"
         yield (
             gr.update(visible=False),
-            gr.update(value=event.images, columns=_columns(event), visible=True),
+            gr.update(value=titled(request, event.images), columns=_columns(event), visible=True),
             note,
             request.seed,
             gr.update(interactive=False),
         )
+
+
+def titled(request: Request, images: list[Image.Image]) -> list:
+    """Finished pictures; with their labels where those differ."""
+    return list(zip(images, request.label)) if isinstance(request.label, list) else images
 
 
 def tray_of(event) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from calotype.errors import UserError
 from calotype.images import fit_image, load_image
+from calotype.randomness import key
 
 MOST_IMAGES = 16
 MOST_STEPS = 200
@@ -24,9 +25,9 @@ MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memor
 
 @dataclass(frozen=True)
 class Request:
-    """A checked order for pictures."""
+    """A checked order for pictures; picture i is drawn from seed + i."""
 
-    label: str | None
+    label: str | list[str] | None
     num_images: int
     seed: int
     num_inference_steps: int
@@ -52,18 +53,29 @@ class Studio:
         """What a visitor typed as a Request: numbers out of range are moved to the limit, the rest is refused."""
         if label and label not in self.pipe.labels:
             raise UserError(f"label {str(label)[:80]!r} is not one of this model's; choose one from the list")
+        count = int(_clamp("number of images", num_images, 1, MOST_IMAGES))
+        seed = secrets.randbelow(MOST_SEED + 1) if seed is None else int(_clamp("seed", seed, 0, MOST_SEED))
         return Request(
-            label=label or None,
-            num_images=int(_clamp("number of images", num_images, 1, MOST_IMAGES)),
-            seed=secrets.randbelow(MOST_SEED + 1) if seed is None else int(_clamp("seed", seed, 0, MOST_SEED)),
+            label=label or self.any_labels(count, seed),
+            num_images=count,
+            seed=seed,
             num_inference_steps=int(_clamp("steps", steps, 1, MOST_STEPS)),
             guidance_scale=_clamp("guidance", guidance, 0, MOST_GUIDANCE),
         )
 
+    def any_labels(self, count: int, seed: int) -> list[str] | None:
+        """A label for each picture, drawn from seed + i like the picture itself; None for a model without labels."""
+        if not self.pipe.labels:
+            return None
+        return [self.pipe.labels[key(seed + i, "any label") % len(self.pipe.labels)] for i in range(count)]
+
     def develop(self, request: Request) -> Iterator:
         """The sampler's events; closing the iterator ends the sampling."""
-        with self._lock:
-            yield from self.pipe.stream(**vars(request))
+        try:
+            with self._lock:
+                yield from self.pipe.stream(**vars(request))
+        except ValueError as error:  # the pipeline imports nothing of ours, so this is how it speaks to people
+            raise UserError(str(error)) from None
 
     def reconstruct(self, file: str | Path | None) -> Reconstruction:
         """Send a picture through the latents and back; raises UserError where there is no picture to read."""

@@ -107,7 +107,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         with self.progress_bar(total=num_inference_steps or self.default_steps) as bar:
             for event in events:
                 bar.update()
-        return ImagePipelineOutput(images=event.images) if return_dict else (event.images,)
+                images = event.images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def stream(
@@ -146,7 +147,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 yield Event(i + 1, count, self.decode_latents(clean, output_type) if preview else None)
         if not torch.isfinite(z).all():
             raise ValueError(
-                "the model gave numbers that are not finite; its weights are damaged or too low in precision."
+                "the model gave numbers that are not finite; its weights are damaged or of too low precision."
             )
         yield Event(count, count, self.decode_latents(z, output_type))
 

@@ -14,7 +14,7 @@ class VaeSettings(TrainSettings, DataSettings):
     """Stage 1: train an autoencoder that squeezes pictures into small latents."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "tiny": {"width": 16, "factor": 4, "layers": 1, "batch_size": 64, "lr": 4e-3},
+        "tiny": {"width": 16, "factor": 4, "layers": 1, "batch_size": 32, "lr": 4e-3},
         "small": {"width": 32, "factor": 4, "layers": 1, "batch_size": 64, "lr": 2e-3},
         "base": {"width": 64, "factor": 8, "layers": 2, "batch_size": 64, "lr": 5e-4},
         "large": {"width": 128, "factor": 8, "layers": 2, "batch_size": 64, "lr": 1e-4},

@@ -13,7 +13,7 @@ from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.regularizers import KL, Identity, VectorQuantization
 
 Vae = AutoencoderKL | VQModel
-_MULTIPLIERS = (1, 2, 4, 4, 4)  # channels of the levels, in units of the width
+_MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
 
 
 class Reconstruction(NamedTuple):

@@ -1,5 +1,6 @@
 """The UNet of stage 2: a stock `UNet2DModel` of the latents' shape."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -43,9 +44,8 @@ def _config(settings: DiffusionSettings, shape: tuple[int, int, int], classes: i
 def _refuse_odd_levels(settings: DiffusionSettings, shape: tuple[int, int, int]) -> None:
     divisor = 2 ** (settings.depth - 1)
     if shape[1] % divisor or shape[2] % divisor:
-        deepest = next(
-            d for d in range(settings.depth, 0, -1) if not (shape[1] % 2 ** (d - 1) or shape[2] % 2 ** (d - 1))
-        )
+        deepest = math.gcd(*shape[1:])
+        deepest = (deepest & -deepest).bit_length()  # one level more than 2 divides both sides
         raise UserError(
             f"--depth {settings.depth}: latents of {shape[1]}x{shape[2]} do not halve so often; try {deepest}."
         )
@@ -59,9 +59,10 @@ def _load(run: Path, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except OSError as error:
         raise UserError(f"--init {run} holds no UNet ({str(error).splitlines()[0]}).") from None
-    if unet.config.in_channels != shape[0] or (unet.config.num_class_embeds or 0) != (classes + 1 if classes else 0):
+    has = (unet.config.in_channels, (unet.config.num_class_embeds or 1) - 1)
+    if has != (shape[0], classes):
         raise UserError(
-            f"--init {run} is for {unet.config.in_channels} channels and {(unet.config.num_class_embeds or 1) - 1} classes; "
-            f"the cache has {shape[0]} and {classes}."
+            f"--init {run} is for {has[0]} latent channels and {has[1]} classes, the cache has {shape[0]} and "
+            f"{classes}; give the UNet of a run on such latents."
         )
     return unet

@@ -1,5 +1,6 @@
 """Stage 2: train a diffusion model of cached latents. `calotype train-diffusion`, or torchrun as for stage 1."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,11 +97,8 @@ class DiffusionStage:
         """Samples of the averaged weights at fixed seeds and labels."""
         pipe = self.pipeline()
         count = _SHEET_ROWS * _SHEET_COLUMNS
-        labels = [i * len(self.class_names) // count if i < count else 0 for i in range(count)]
-        if 0 < len(self.class_names) < count:  # one column a class, as far as they go round
-            labels = [i % _SHEET_COLUMNS % len(self.class_names) for i in range(count)]
         with device.autocast(self.settings.precision):
-            x = pipe(labels if self.class_names else None, count, output_type="pt").images
+            x = pipe(sheet_labels(self.class_names, count), count, output_type="pt").images
         return image_grid((x * 255).round().byte().cpu(), columns=_SHEET_COLUMNS)
 
     def pipeline(self) -> LatentDiffusionPipeline:
@@ -119,7 +117,7 @@ class DiffusionStage:
             publish(temporary, folder / name)
         index = self.cache.index
         facts = {"vae": index.vae, "fingerprint": index.fingerprint, "objective": self.settings.objective}
-        write_text(folder / "model.json", _json(self._drawing() | facts))
+        write_text(folder / "model.json", json.dumps(self._drawing() | facts, indent=1))
 
     def _drawing(self) -> dict:
         names = {str(i): name for i, name in enumerate(self.class_names)}
@@ -137,6 +135,13 @@ class DiffusionStage:
         return batch.to(self.accelerator.device)
 
 
+def sheet_labels(class_names: list[str], count: int) -> list[int] | None:
+    """Labels of a sample sheet: a column a class while they fit, else spread over all classes."""
+    if len(class_names) >= count:
+        return [i * len(class_names) // count for i in range(count)]
+    return [i % _SHEET_COLUMNS % len(class_names) for i in range(count)] if class_names else None
+
+
 def load_autoencoder(folder: Path) -> AutoencoderKL | VQModel:
     """The autoencoder of the cache, for looking at samples."""
     kind = VQModel if AutoencoderKL.load_config(folder)["_class_name"] == "VQModel" else AutoencoderKL
@@ -150,7 +155,8 @@ def find_autoencoder(settings: DiffusionSettings, expected: str) -> Path:
         raise UserError(f"--vae {folder} is not a saved autoencoder; name the one that made --latents.")
     if weights_hash(folder) != expected:
         raise UserError(
-            f"--latents {settings.latents} was made by another autoencoder than --vae {folder}; run `calotype encode` again."
+            f"--latents {settings.latents} was made by another autoencoder than --vae {folder}; "
+            "run `calotype encode` with this one."
         )
     return folder
 
@@ -164,12 +170,6 @@ def main(settings: DiffusionSettings) -> None:
     vae_folder = find_autoencoder(settings, cache.index.vae)
     accelerator.print(f"{len(cache):,} latents of shape {'x'.join(map(str, cache.index.shape))}.")
     loop.fit(DiffusionStage(settings, vae_folder, accelerator), settings, accelerator)
-
-
-def _json(value: dict) -> str:
-    import json
-
-    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""`calotype run`: the whole way, as a list of the commands that a user could type one by one."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from calotype import __version__, cli
+from calotype.checkpoint import write_text
+from calotype.config import PRESET_IMAGE_SIZE, flag, refuse_other_settings
+from calotype.errors import UserError
+
+# Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
+_STAGE1_UNTIL, _STAGE2_UNTIL = 0.36, 0.92
+_SHARED = ("preset", "seed", "precision", "checkpoint_every", "batch_size", "lr", "steps")
+_MODULES = {"train-vae": "calotype.stage1_vae.train", "train-diffusion": "calotype.stage2_diffusion.train"}
+_OWN = ("stage1_vae", "latents", "stage2_diffusion", "pipeline", "metrics.json", "report.html", "run.json")
+
+
+def main(settings) -> None:
+    """Run every command that is not finished yet; interrupted and repeated, it goes on where it was."""
+    out = settings.out
+    config = out / "config.json"
+    if config.exists() and not settings.fresh:
+        refuse_other_settings(settings, config)
+    elif settings.resume:
+        raise UserError(f"--resume: {out} holds no run; leave the flag out to begin.")
+    _refuse_odd_size(settings)
+    began = time.monotonic()
+    _execute(data_command(settings), settings.nproc)
+    with _claimed(out):
+        log = _begin(settings, config, time.monotonic() - began)
+        for name in ("train-vae", "encode", "train-diffusion", "export", "evaluate"):
+            log.run(name, settings)
+        write_text(out / "run.json", log.text())
+        _execute(["report", str(out)], 1)
+    _tell(settings)
+
+
+def data_command(settings) -> list[str]:
+    """`calotype data` for these settings."""
+    names = ("fit", "channels", "val", "allow_bad", "seed", "fresh")
+    size = settings.image_size or PRESET_IMAGE_SIZE[settings.preset]
+    return ["data", settings.source, "--image-size", size, *_flags(settings, names), "--out", str(settings.out)]
+
+
+def command(name: str, settings, spent: float) -> list[str]:
+    """One of the commands of a run, after `spent` seconds of it."""
+    out = settings.out
+    sheet, vae, latents = str(out / "data.json"), str(out / "stage1_vae" / "vae"), str(out / "latents")
+    if name == "train-vae":
+        names = (*_SHARED, "factor", "regularizer", "flip")
+        if settings.vae:
+            own = ["--init", str(settings.vae), "--steps", "0", *_flags(settings, ("preset", "seed", "precision"))]
+        else:
+            own = [*_flags(settings, names), *_minutes(settings, _STAGE1_UNTIL, spent)]
+        return ["train-vae", sheet, *own, "--out", str(out / "stage1_vae")]
+    if name == "encode":
+        return ["encode", sheet, "--vae", vae, *_flags(settings, ("flip", "precision")), "--out", latents]
+    if name == "train-diffusion":
+        names = (*_SHARED, "objective")
+        own = [*_flags(settings, names), *_minutes(settings, _STAGE2_UNTIL, spent)]
+        return ["train-diffusion", "--latents", latents, "--vae", vae, *own, "--out", str(out / "stage2_diffusion")]
+    if name == "export":
+        return ["export", "--run", str(out), "--out", str(out / "pipeline")]
+    return ["evaluate", str(out), *_flags(settings, ("precision",))]
+
+
+class Log:
+    """run.json: the commands of a run, their time, and which are finished."""
+
+    def __init__(self, out: Path, entries: list[dict]):
+        self.out, self.entries = out, entries
+
+    def run(self, name: str, settings) -> None:
+        """Run a command unless it is finished; its words are fixed when it first begins."""
+        entry = next((e for e in self.entries if e["argv"][0] == name), None)
+        if entry is None:
+            entry = {"argv": command(name, settings, self.spent), "seconds": 0.0, "finished": False}
+            self.entries.append(entry)
+        if entry["finished"]:
+            return
+        began, earlier = time.monotonic(), entry["seconds"]
+        write_text(self.out / "run.json", self.text())
+        try:
+            _execute(entry["argv"], settings.nproc)
+            entry["finished"] = True
+        finally:
+            entry["seconds"] = round(earlier + time.monotonic() - began, 1)
+            write_text(self.out / "run.json", self.text())
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all commands so far."""
+        return sum(entry["seconds"] for entry in self.entries)
+
+    def text(self) -> str:
+        """The content of run.json."""
+        commands = [{"command": _typed(entry["argv"]), **entry} for entry in self.entries]
+        return json.dumps({"version": __version__, "commands": commands}, indent=1)
+
+
+def _begin(settings, config: Path, seconds: float) -> Log:
+    """The log of a new run or of the one that is there."""
+    out = settings.out
+    if settings.fresh:
+        for name in _OWN:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    if settings.fresh or not config.exists():
+        write_text(config, json.dumps(settings.to_json(), indent=1))
+    if (out / "run.json").exists():
+        return Log(out, json.loads((out / "run.json").read_text())["commands"])
+    return Log(out, [{"argv": data_command(settings), "seconds": round(seconds, 1), "finished": True}])
+
+
+def _execute(argv: list[str], nproc: int) -> None:
+    """Print a command and run it: here, or in `nproc` processes if it trains."""
+    print(f"\n$ {_typed(argv)}", flush=True)
+    if nproc == 1 or argv[0] not in _MODULES:
+        cli.run(argv[0], argv[1:])
+        return
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", _MODULES[argv[0]]]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
+    code = subprocess.run([sys.executable, *launch, *argv[1:]], env=threads | os.environ, check=False).returncode
+    if code:
+        raise UserError(f"{argv[0]} ended with exit code {code} in one of {nproc} processes; its message is above.")
+
+
+def _refuse_odd_size(settings) -> None:
+    """Find a size that cannot be halved often enough before hours go by, not after."""
+    height, _, width = (settings.image_size or PRESET_IMAGE_SIZE[settings.preset]).partition("x")
+    factor = settings.factor or 1
+    if int(height) % factor or int(width or height) % factor:
+        near = max(factor, int(height) // factor * factor)
+        raise UserError(f"--image-size {settings.image_size} must be a multiple of --factor {factor}; try {near}.")
+
+
+def _minutes(settings, until: float, spent: float) -> list[str]:
+    if settings.max_minutes is None:
+        return []
+    return ["--max-minutes", f"{max(until * settings.max_minutes - spent / 60, 0.1 * settings.max_minutes):.2f}"]
+
+
+def _flags(settings, names: tuple[str, ...]) -> list[str]:
+    """The flags of settings that differ from their default."""
+    words: list[str] = []
+    for name in names:
+        value, field = getattr(settings, name), type(settings).model_fields[name]
+        if value is True:
+            words.append(flag(name))
+        elif value not in (None, False) and value != field.default:
+            words += [flag(name), str(value)]
+    return words
+
+
+def _typed(argv: list[str]) -> str:
+    return shlex.join(["calotype", *argv])
+
+
+@contextmanager
+def _claimed(out: Path):
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"--out {out} is in use by another run; wait for it, or give another --out.") from None
+
+
+def _tell(settings) -> None:
+    out = settings.out
+    print(f"\nSamples  {out / 'pipeline' / 'samples.png'}\nModel    {out / 'pipeline'}\nReport   {out / 'report.html'}")
+    print(f"\nNext:    calotype generate {out} -n 16 --seed 7 --out samples\n         calotype demo {out}")

@@ -1,0 +1,58 @@
+"""`calotype evaluate`: figures of a run on pictures that no stage has seen."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from calotype import device
+from calotype.checkpoint import write_text
+from calotype.data import Pictures
+from calotype.images import normalize
+from calotype.metrics import psnr
+from calotype.pipeline.generate import load
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.sheet import read_sheet
+
+
+def main(settings) -> None:
+    """Write RUN/metrics.json; every figure names its split, its n and how it was made."""
+    sheet = read_sheet(settings.run / "data.json")
+    held_out = Pictures(sheet, "val")
+    metrics = reconstruction(load(settings.run), held_out, settings.precision)
+    metrics |= diffusion_loss(settings.run)
+    write_text(settings.run / "metrics.json", json.dumps(metrics, indent=1))
+    for name, entry in metrics.items():
+        print(f"{name} {entry['value']:.4g}  (n = {entry['n']:,}; {entry['how']})")
+
+
+@torch.no_grad()
+def reconstruction(pipe: LatentDiffusionPipeline, pictures: Pictures, precision: str) -> dict:
+    """PSNR of every held-out picture through encoder and decoder, and how normal their latents are."""
+    values, moments = [], []
+    for start in range(0, len(pictures), 64):
+        numbers = range(start, min(start + 64, len(pictures)))
+        x = normalize(torch.stack([pictures[i] for i in numbers]).to(pipe.device))
+        with device.autocast(precision):
+            encoded = pipe.vae.encode(x)
+            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+            x_hat = pipe.vae.decode(z).sample.float().clamp(-1, 1)
+        values.append(psnr(x_hat, x))
+        moments.append(z.float())
+    z = torch.cat(moments)
+    n = len(pictures)
+    how = f"mean over held-out pictures, the posterior's mean decoded, {device.resolve_precision(precision)}"
+    return {
+        "psnr[val]": {"value": torch.cat(values).mean().item(), "n": n, "how": how},
+        "latent_std[val]": {"value": z.std().item(), "n": n, "how": "standard deviation of the posteriors' means"},
+    }
+
+
+def diffusion_loss(run: Path) -> dict:
+    """The loss of the averaged weights on held-out latents, as the last validation found it."""
+    finished = json.loads((run / "stage2_diffusion" / "finished.json").read_text())
+    if "loss[val]" not in finished:
+        return {}
+    how = f"averaged weights after {finished['steps']} steps, fixed noise and times"
+    n = min(512, read_sheet(run / "data.json").counts["val"])
+    return {"diffusion_loss[val]": {"value": finished["loss[val]"], "n": n, "how": how}}

@@ -1,0 +1,284 @@
+"""The demo: a tiny real pipeline behind a real server, asked by a real client and shown in a real browser."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+
+from calotype.demo import app
+from calotype.errors import UserError
+
+gradio_client = pytest.importorskip("gradio_client", reason="the demo's server is NOT tested: gradio_client is missing")
+
+LABELS = ["disc", "red <b>star</b>", "square"]
+ORDER = {"label": "disc", "count": 3, "seed": 7, "roll": False, "steps": 4, "guidance": 2.0}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,860 --virtual-time-budget=8000"
+)
+
+
+def tiny_pipeline(labels):
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+
+    from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        num_class_embeds=len(labels) + 1 if labels else None,
+    )
+    names = {str(i): label for i, label in enumerate(labels)}
+    return LatentDiffusionPipeline(vae, unet, DDIMScheduler(clip_sample=False), id2label=names, default_steps=6)
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    """Addresses outside this machine that were looked up or connected to."""
+    seen, local = [], ("127.0.0.1", "::1", "localhost", "0.0.0.0", None, "")
+
+    def watch(event, args):
+        if event == "socket.getaddrinfo" and args[0] not in local:
+            seen.append(args[0])
+        if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in local:
+            seen.append(args[1][0])
+
+    sys.addaudithook(watch)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "prints"
+    tiny_pipeline(LABELS).save_pretrained(folder / "pipeline")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(run, strangers, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
+            environment.setenv(name, "")  # so that what build() sets is undone
+        blocks = app.build(app.find_model(run), str(temporary))
+        url = app.serve(blocks, "127.0.0.1", None)
+        assert strangers == []
+        downloads = str(tmp_path_factory.mktemp("downloads"))
+        client = gradio_client.Client(url, verbose=False, analytics_enabled=False, download_files=downloads)
+        strangers.clear()  # the client may have looked for its registry; the server has not
+        yield SimpleNamespace(url=url, client=client, temporary=temporary)
+        client.close()
+        blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def studio(server):
+    from calotype.demo.studio import Studio
+
+    return Studio(tiny_pipeline(LABELS))
+
+
+def generate(server, **order):
+    _, gallery, note, seed = server.client.predict(**ORDER | order, api_name="/generate")
+    return [Image.open(item["image"]).convert("RGB") for item in gallery["value"]], note, seed
+
+
+def test_generates_what_was_ordered(server):
+    images, note, seed = generate(server)
+    assert [image.size for image in images] == [(16, 16)] * 3
+    assert seed == 7 and note.startswith("Seed 7 · 4 steps")
+    again, *_ = generate(server)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
+    others, *_ = generate(server, seed=8)
+    assert others[0].tobytes() == images[1].tobytes() and others[2].tobytes() != images[2].tobytes()
+
+
+def test_finished_pictures_are_those_of_the_pipeline(server):
+    images, *_ = generate(server)
+    expected = tiny_pipeline(LABELS)("disc", 3, seed=7, num_inference_steps=4, guidance_scale=2.0).images
+    for image, wanted in zip(images, expected):
+        assert max(high for _, high in difference(image, wanted)) <= 1
+
+
+def difference(a, b):
+    from PIL import ImageChops
+
+    return ImageChops.difference(a, b).getextrema()
+
+
+def test_new_seeds_are_rolled_and_any_label_is_drawn(server):
+    _, _, first = generate(server, roll=True, count=1, label="")
+    _, _, second = generate(server, roll=True, count=1, label="")
+    assert first != second and 7 not in (first, second)
+
+
+def test_bad_pictures_are_refused_in_clear_words(server, tmp_path):
+    (tmp_path / "junk.png").write_bytes(b"hello")
+    Image.new("1", (5000, 5000)).save(tmp_path / "bomb.png")
+    for name, reason in (("junk.png", "damaged, or not one of"), ("bomb.png", "more than the limit of 16,000,000")):
+        with pytest.raises(gradio_client.exceptions.AppError, match=reason) as refusal:
+            reconstruct(server, tmp_path / name)
+        assert str(tmp_path) not in str(refusal.value) and str(server.temporary) not in str(refusal.value)
+
+
+def reconstruct(server, path):
+    return server.client.predict(file=gradio_client.handle_file(str(path)), api_name="/reconstruct")
+
+
+def test_reconstructs_an_upload(server, tmp_path):
+    Image.linear_gradient("L").resize((64, 40)).save(tmp_path / "gradient.png")
+    original, copy, note = reconstruct(server, tmp_path / "gradient.png")
+    assert Image.open(original).size == Image.open(copy).size == (16, 16)
+    assert note.endswith("PSNR between the two") and " dB" in note
+
+
+def test_numbers_out_of_range_and_strange_labels(server):
+    for order, reason in (({"label": "cat"}, "cat"), ({"count": 99}, "99"), ({"guidance": None}, "raised an exception")):
+        with pytest.raises(gradio_client.exceptions.AppError, match=reason):
+            generate(server, **order)
+
+
+def test_previews_arrive_and_cancelling_frees_the_model(server, monkeypatch):
+    from calotype.demo import page
+
+    monkeypatch.setattr(page, "PREVIEW_SECONDS", 0.0)
+    before = files_of(server)
+    job = server.client.submit(**ORDER | {"steps": 200}, api_name="/generate")
+    first = next(iter(job))
+    assert first[0].count("data:image/webp") == 3 and first[2].startswith("Step ")
+    assert files_of(server) == before  # previews leave none behind
+    job.cancel()
+    began = time.monotonic()
+    generate(server, steps=1)
+    assert time.monotonic() - began < 5
+    assert job.cancelled() or len(job.outputs()) < 199
+
+
+def files_of(server):
+    return {path for path in server.temporary.rglob("*") if path.is_file()}
+
+
+def test_only_the_queue_leads_to_the_model(server):
+    api = server.url + "gradio_api/"
+    assert httpx.post(api + "run/generate", json={"data": list(ORDER.values())}).status_code == 404
+    assert httpx.get(api + "monitoring/summary").status_code in (403, 404)
+    large = httpx.post(api + "upload", files={"files": ("large.png", io.BytesIO(bytes(9_000_000)))})
+    assert large.status_code == 413
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="the page is NOT shown in a browser: no Chromium")
+def test_page_in_a_browser(server, tmp_path):
+    pictures = []
+    for scheme in (0, 1):  # dark, light
+        file = tmp_path / f"{scheme}.png"
+        command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={file}"]
+        command += [f"--blink-settings=preferredColorScheme={scheme}", server.url]
+        subprocess.run(command, capture_output=True, timeout=60, check=True)
+        pictures.append(Image.open(file).convert("RGB"))
+    dark, light = pictures
+    assert max(dark.getpixel((3, 3))) < 60 and min(light.getpixel((3, 3))) > 200
+    for picture in pictures:
+        assert len(picture.getcolors(1 << 24)) > 100  # more than an empty page
+
+
+def test_nothing_was_asked_outside_this_machine(server, strangers):
+    page = httpx.get(server.url).text
+    assert httpx.get(server.url + "config").json()["title"] == "prints · Calotype"
+    for tag in ("<script", "<link"):
+        for part in page.split(tag)[1:]:
+            assert "https://" not in part.split(">")[0]
+    assert strangers == []
+
+
+def test_requests_are_clamped_or_refused(studio):
+    request = studio.request("disc", 99, -5, 0, 1e9)
+    assert (request.num_images, request.seed, request.num_inference_steps, request.guidance_scale) == (16, 0, 1, 15)
+    assert studio.request("disc", 2.9, 3.0, 4, 1).num_images == 2
+    for order in (("cat", 1, 0, 1, 1), ("disc", None, 0, 1, 1), ("disc", 1, "x", 1, 1), ("disc", 1, 0, 1, float("nan"))):
+        with pytest.raises(UserError):
+            studio.request(*order)
+
+
+def test_any_label_follows_the_seed(studio):
+    labels = studio.request("", 16, 5, 1, 1).label
+    assert set(labels) == set(LABELS) and studio.request("", 15, 6, 1, 1).label == labels[1:]
+
+
+def test_closing_stops_the_sampler_and_opens_the_lock(studio):
+    from calotype.demo import page
+
+    seen = []
+    real = studio.pipe.stream
+    studio.pipe.stream = lambda **order: (seen.append(event.step) or event for event in real(**order))
+    events = studio.develop(studio.request("disc", 1, 0, 50, 1))
+    next(events)
+    assert studio._lock.locked()
+    events.close()
+    assert seen == [1] and not studio._lock.locked()
+    *_, last = page.developing(studio, "disc", 1, 0, False, 2, 1)
+    assert last[2].startswith("Seed 0 · 2 steps")
+    studio.pipe.stream = real
+
+
+def test_damaged_weights_are_a_clear_error(studio):
+    pipe = tiny_pipeline([])
+    pipe.unet.conv_in.bias.data.fill_(float("nan"))
+    broken = type(studio)(pipe)
+    with pytest.raises(UserError, match="not finite"):
+        list(broken.develop(broken.request("", 1, 0, 2, 1)))
+
+
+def test_page_without_labels(studio):
+    from calotype.demo import page
+
+    blocks = page.build(type(studio)(tiny_pipeline([])), "<plain>")
+    dropdown = next(block for block in blocks.blocks.values() if getattr(block, "label", "") == "Label")
+    assert not dropdown.visible
+    assert "&lt;plain&gt;" in page.masthead(studio, "<plain>")
+
+
+def test_psnr():
+    from calotype.demo.studio import psnr
+
+    grey, lighter = Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 110)
+    assert psnr(grey, lighter) == pytest.approx(28.1308, abs=1e-3)
+    assert psnr(grey, grey) == float("inf")
+
+
+def test_model_is_found_in_a_run_or_by_itself(run, tmp_path):
+    assert app.find_model(run) == app.find_model(run / "pipeline") == run / "pipeline"
+    assert app.title_of(run / "pipeline") == "prints"
+    with pytest.raises(UserError, match="no model here"):
+        app.find_model(tmp_path)
+
+
+def test_port_in_use_is_a_user_error(server, studio):
+    from calotype.demo import page
+
+    port = int(server.url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(UserError, match=f"--port {port}"):
+        app.serve(page.build(studio, "second"), "127.0.0.1", port)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
