@@ -4,6 +4,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -12,6 +13,7 @@ from calotype.errors import UserError
 
 def accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder=None) -> Accelerator:
     """An Accelerator on the best device here; `precision` is auto, fp32 or bf16."""
+    AcceleratorState._reset_state(reset_partial_state=False)  # a process may run several commands, one after the other
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if cpu and "RANK" in os.environ:  # accelerate starts a single process unless it is told
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")

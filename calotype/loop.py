@@ -77,7 +77,7 @@ class Run:
         self.stage, self.settings, self.accelerator = stage, settings, accelerator
         self.out: Path = settings.out
         self.at_step, spent = self._restore()
-        self.pace = Pace(settings, spent, accelerator)
+        self.pace = Pace(settings, self.at_step, spent, accelerator)
         self.journal = Journal(self.out / "metrics.jsonl", self.at_step, accelerator)
         self.line = ProgressLine(stage.name, accelerator.is_main_process)
         self.validation: dict[str, float] = {}
@@ -91,7 +91,7 @@ class Run:
                 self._set_learning_rates(progress)
                 window.append(self.stage.step(next(batches), self.at_step))
                 self.at_step += 1
-                if len(window) == self.settings.log_every:
+                if self.at_step % self.settings.log_every == 0:
                     self._log(window)
                     window = []
                 self._validate_if_due(progress)
@@ -195,11 +195,11 @@ class Run:
 class Pace:
     """How far a run is: by its steps, by the clock, or by whichever is further."""
 
-    def __init__(self, settings: TrainSettings, spent: float, accelerator: Accelerator):
+    def __init__(self, settings: TrainSettings, step: int, spent: float, accelerator: Accelerator):
         self.steps, self.minutes, self.spent = settings.length, settings.max_minutes, spent
         self.accelerator = accelerator
         self.began = time.monotonic()
-        self.marks: list[tuple[int, float]] = []
+        self.marks = [(step, self.began)]  # the last readings
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ from calotype.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 FRAMES = 6  # sheets on the film strip
-CLASSES_SHOWN = 24
+CLASSES_SHOWN = 16
 BAD_SHOWN = 50
 SHORT_FOR = {"psnr", "ssim", "lpips", "fid", "kid", "kl"}
 PARTS = ("data.json", "stage1_vae", "stage2_diffusion", "pipeline", "metrics.json", "run.json")
@@ -224,7 +224,9 @@ def class_bars(classes: dict[str, int]) -> dict:
 def headline(data: dict, metrics: dict, vae: Stage, diffusion: Stage, log: dict) -> list[Figure]:
     """The few numbers a reader wants first."""
     figures = [_metric_figure(*item) for item in list(metrics.items())[:3]]
-    figures += _loss_figure("Autoencoder", vae.charts) + _loss_figure("Diffusion", diffusion.charts)
+    for stage, charts in (("Autoencoder", vae.charts), ("Diffusion", diffusion.charts)):
+        if f"{stage.lower()}_loss[val]" not in metrics:  # else it has been said
+            figures += _loss_figure(stage, charts)
     if counts := data.get("counts"):
         figures.append(Figure("Images", number(sum(counts.values())), f"{number(counts.get('val', 0))} held out"))
     if classes := data.get("classes"):

@@ -51,11 +51,14 @@ def find_model(path: Path) -> Path:
 def build(folder: Path, temporary: str):
     """The Gradio page for a model folder; the environment is set before Gradio reads it on import."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
+    from diffusers.utils import logging
+
     from calotype.demo import page
     from calotype.demo.studio import Studio
     from calotype.device import choose_attention, device
     from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 
+    logging.disable_progress_bar()
     pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device())
     choose_attention(pipe.unet)
     choose_attention(pipe.vae)

@@ -34,7 +34,7 @@ CSS = """
   font-size: 12px; font-weight: 600; }
 .tray { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 6px; padding: 12px;
   border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--block-background-fill); }
-.tray img, .print img { width: 100% !important; border-radius: 2px; }
+.tray img, .print img { width: 100% !important; object-fit: contain !important; border-radius: 2px; }
 .print .image-frame { width: 100%; }
 .html-container { padding: 0 !important; }
 .crisp img { image-rendering: pixelated; }
@@ -135,12 +135,19 @@ def developing(studio: Studio, label, count, seed, roll, steps, guidance) -> Ite
     with for_visitors():
         request = studio.request(label, count, None if roll else seed, steps, guidance)
         began = shown = time.monotonic()
-        hidden, waiting = gr.update(visible=False), gr.update(interactive=True)
+        hidden, can_stop = gr.update(visible=False), gr.update(interactive=True)
+        yield gr.skip(), gr.skip(), "Starting …", request.seed, can_stop
         for event in studio.develop(request):
             now = time.monotonic()
             if event.step < event.steps and now - shown > PREVIEW_SECONDS:
                 shown = now
-                yield tray_of(event), hidden, f"Step {event.step} of {event.steps}", request.seed, waiting
+                yield (
+                    gr.update(value=tray_of(event), visible=True),
+                    hidden,
+                    f"Step {event.step} of {event.steps}",
+                    request.seed,
+                    can_stop,
+                )
         note = f"Seed {request.seed} · {event.steps} steps · {now - began:.1f} s"
         yield (
             gr.update(visible=False),
@@ -165,11 +172,12 @@ def tray_of(event) -> str:
 
 def reconstruct_tab(studio: Studio) -> None:
     """A picture of the visitor's own, through the latents and back."""
-    upload = gr.File(label="Drop a picture here", file_types=["image"], height=130)
     with gr.Row():
+        with gr.Column(min_width=240):
+            upload = gr.File(label="A picture of your own", file_types=["image"], height=190)
+            note = gr.Markdown("See what the autoencoder keeps of it.")
         original = gr.Image(label="As the model sees it", elem_classes=["print", _crisp(studio)], **PRINT)
         copy = gr.Image(label="Back from the latents", elem_classes=["print", _crisp(studio)], **PRINT)
-    note = gr.Markdown()
 
     def show(file):
         with for_visitors():

@@ -50,12 +50,12 @@ class VaeStage:
         self.penalty_weight = settings.beta / values if isinstance(self.model.regularizer, KL) else 1.0
         self.batch_source = PictureBatches(self.pictures, seed=settings.seed, flip=settings.flip)
         self._start_codebook()
-        self.models = {"model": self.model}
+        self.models = {"vae": self.model.vae}  # holds every parameter, a codebook included
         self.averages = {}
         self.identity = {"the data": sheet.fingerprint}
         optimizer = loop.make_optimizer(self.model, settings)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.optimizers = {"model": self.optimizer.optimizer}
+        self.optimizers = {"vae": self.optimizer.optimizer}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Pictures of this process from `step` on."""

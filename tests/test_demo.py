@@ -1,6 +1,7 @@
 """The demo: a tiny real pipeline behind a real server, asked by a real client and shown in a real browser."""
 
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -156,7 +157,11 @@ def test_reconstructs_an_upload(server, tmp_path):
 
 
 def test_numbers_out_of_range_and_strange_labels(server):
-    for order, reason in (({"label": "cat"}, "cat"), ({"count": 99}, "99"), ({"guidance": None}, "raised an exception")):
+    for order, reason in (
+        ({"label": "cat"}, "cat"),
+        ({"count": 99}, "99"),
+        ({"guidance": None}, "raised an exception"),
+    ):
         with pytest.raises(gradio_client.exceptions.AppError, match=reason):
             generate(server, **order)
 
@@ -167,8 +172,9 @@ def test_previews_arrive_and_cancelling_frees_the_model(server, monkeypatch):
     monkeypatch.setattr(page, "PREVIEW_SECONDS", 0.0)
     before = files_of(server)
     job = server.client.submit(**ORDER | {"steps": 200}, api_name="/generate")
-    first = next(iter(job))
-    assert first[0].count("data:image/webp") == 3 and first[2].startswith("Step ")
+    starting, first = itertools.islice(job, 2)
+    assert starting[2] == "Starting …" and first[2].startswith("Step ")
+    assert first[0]["value"].count("data:image/webp") == 3
     assert files_of(server) == before  # previews leave none behind
     job.cancel()
     began = time.monotonic()
@@ -217,7 +223,12 @@ def test_requests_are_clamped_or_refused(studio):
     request = studio.request("disc", 99, -5, 0, 1e9)
     assert (request.num_images, request.seed, request.num_inference_steps, request.guidance_scale) == (16, 0, 1, 15)
     assert studio.request("disc", 2.9, 3.0, 4, 1).num_images == 2
-    for order in (("cat", 1, 0, 1, 1), ("disc", None, 0, 1, 1), ("disc", 1, "x", 1, 1), ("disc", 1, 0, 1, float("nan"))):
+    for order in (
+        ("cat", 1, 0, 1, 1),
+        ("disc", None, 0, 1, 1),
+        ("disc", 1, "x", 1, 1),
+        ("disc", 1, 0, 1, float("nan")),
+    ):
         with pytest.raises(UserError):
             studio.request(*order)
 

@@ -1,0 +1,53 @@
+"""Who may import whom, and what a house of small rooms looks like."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "calotype": {"calotype"},
+    "stage1_vae": {"calotype", "stage1_vae"},
+    "stage2_diffusion": {"calotype", "stage2_diffusion", "pipeline"},
+    "pipeline": {"calotype", "pipeline"},
+    "demo": {"calotype", "pipeline", "demo"},
+}
+FILES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
+
+
+def imported_rooms(file):
+    """The rooms of ours that a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    ours = [name.split(".") for name in names if name.split(".")[0] == "calotype"]
+    return {parts[1] if len(parts) > 1 and parts[1] in ROOMS else "calotype" for parts in ours}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_imports_point_downwards(file):
+    allowed = set() if file.name == "latent_diffusion.py" else ROOMS[file.parent.name]
+    assert imported_rooms(file) <= allowed
+
+
+def test_the_check_would_see_a_wrong_import(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from calotype.stage1_vae import models\nfrom calotype import data, demo\nimport calotype.pipeline\n"
+    )
+    assert imported_rooms(wrong) == {"stage1_vae", "calotype", "demo", "pipeline"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_rooms_stay_small_and_pickle_stays_out(file):
+    text = file.read_text()
+    assert text.count("\n") <= (600 if file.name == "latent_diffusion.py" else 330)
+    assert not any(word in text for word in ("import pickle", "torch.load(", "allow_pickle=True", "/work/"))
+
+
+def test_folders_are_flat():
+    assert [p for room in ROOMS for p in (ROOT / room).iterdir() if p.is_dir() and p.name != "__pycache__"] == []

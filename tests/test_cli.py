@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from calotype import cli
+from calotype.cli import COMMANDS
+
+HEAVY = ("torch", "diffusers", "gradio", "torchvision", "accelerate", "numpy")
+PROBE = """
+import sys
+try:
+    from calotype.cli import main
+    main({argv})
+except SystemExit as stop:
+    assert not stop.code
+print(*sorted(set({heavy}) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("argv", [["--help"], *[[name, "--help"] for name in COMMANDS]], ids=" ".join)
+def test_help_is_quick_and_imports_nothing_heavy(argv):
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        code = PROBE.format(argv=argv, heavy=HEAVY)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.monotonic() - began)
+        assert done.returncode == 0 and done.stderr.strip() == ""
+    assert argv[0] in done.stdout or "usage" in done.stdout
+    assert min(seconds) < 0.5, seconds
+
+
+def refused(capsys, *argv):
+    """The one line that a user's error gives."""
+    assert cli.main([str(word) for word in argv]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("calotype: ") and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--batch-size", "-3"], ["--batch-size -3", "greater than or equal to 1"]),
+        (["--batch-size", "many"], ["--batch-size", "many"]),
+        (["--batch-sze", "3"], ["--batch-sze", "--batch-size"]),
+        (["--fit", "squeeze"], ["--fit", "squeeze", "crop"]),
+        (["--val", "1.5"], ["--val 1.5", "between 0 and 1"]),
+        (["--image-size", "0.5"], ["--image-size 0.5"]),
+        (["--preset", "gigantic"], ["--preset", "gigantic", "tiny"]),
+        (["--resume", "--fresh"], ["--resume and --fresh"]),
+    ],
+)
+def test_wrong_flags_get_one_line_with_flag_value_and_way_out(capsys, tmp_path, words, expected):
+    message = refused(capsys, "train-vae", "shapes", "--out", tmp_path / "x", *words)
+    assert all(part in message for part in expected), message
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_flags_and_unknown_commands(capsys):
+    assert "--out" in refused(capsys, "train-vae", "shapes")
+    assert "did you mean 'train-vae'" in refused(capsys, "train-vea")
+
+
+def test_settings_files(capsys, tmp_path):
+    from calotype.config import parse
+    from calotype.stage1_vae.config import VaeSettings
+
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"preset": "small", "batch_size": 7}))
+    base = ["shapes", "--out", "x", "--config", str(file)]
+    settings = parse(VaeSettings, base, "train-vae")
+    assert (settings.width, settings.batch_size) == (32, 7)
+    assert parse(VaeSettings, [*base, "--batch-size", "9"], "train-vae").batch_size == 9
+
+    file.write_text(json.dumps({"batch_sze": 7}))
+    message = refused(capsys, "train-vae", *base)
+    assert "batch_sze" in message and "batch_size" in message and str(file) in message
+    file.write_text(json.dumps({"batch_size": "many"}))
+    assert "--batch-size many" in refused(capsys, "train-vae", *base)
+    file.write_text("{")
+    assert "not JSON" in refused(capsys, "train-vae", *base)
+    assert "cannot be read" in refused(capsys, "train-vae", "shapes", "--out", "x", "--config", tmp_path / "none.json")
+
+
+def test_the_written_config_can_be_given_back(finished):
+    from calotype.config import parse
+    from calotype.stage1_vae.config import VaeSettings
+
+    file = finished / "stage1_vae/config.json"
+    written = json.loads(file.read_text())
+    settings = parse(VaeSettings, [written["source"], "--out", "x", "--config", str(file)], "train-vae")
+    assert settings.to_json() | {"out": 0} == written | {"out": 0}
+
+
+def test_presets_move_width_rate_and_length_together():
+    from calotype.config import parse
+    from calotype.stage1_vae.config import VaeSettings
+    from calotype.stage2_diffusion.config import DiffusionSettings
+
+    for cls, argv in ((VaeSettings, ["shapes", "--out", "x"]), (DiffusionSettings, ["--latents", "l", "--out", "x"])):
+        found = [parse(cls, [*argv, "--preset", p], "x") for p in ("tiny", "small", "base", "large")]
+        for name, sign in (("width", 1), ("length", 1), ("lr", -1)):
+            values = [sign * getattr(settings, name) for settings in found]
+            assert values == sorted(values) and len(set(values)) == 4
