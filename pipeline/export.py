@@ -39,9 +39,13 @@ def assemble(run: Path) -> LatentDiffusionPipeline:
     if facts["vae"] != weights_hash(vae_folder):
         raise UserError(f"--run {run}: the diffusion model was trained for another autoencoder than {vae_folder}.")
     kind = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[AutoencoderKL.load_config(vae_folder)["_class_name"]]
+    vae = kind.from_pretrained(vae_folder, use_safetensors=True)
+    unet = UNet2DModel.from_pretrained(stage2 / "unet", use_safetensors=True)
+    for part in (vae, unet):
+        part.register_to_config(_name_or_path="")  # diffusers would publish where on this machine they lay
     return LatentDiffusionPipeline(
-        vae=kind.from_pretrained(vae_folder, use_safetensors=True),
-        unet=UNet2DModel.from_pretrained(stage2 / "unet", use_safetensors=True),
+        vae=vae,
+        unet=unet,
         scheduler=DPMSolverMultistepScheduler.from_pretrained(stage2 / "scheduler"),
         **{name: facts[name] for name in ("id2label", "default_steps", "default_guidance")},
     )

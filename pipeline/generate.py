@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
@@ -45,6 +46,7 @@ def find(model: Path) -> Path:
 
 def load(model: Path) -> LatentDiffusionPipeline:
     """A saved pipeline on the best device here, ready to draw."""
+    logging.disable_progress_bar()
     pipe = LatentDiffusionPipeline.from_pretrained(find(model), use_safetensors=True, local_files_only=True)
     for part in (pipe.unet, pipe.vae):
         device.choose_attention(part)

@@ -145,10 +145,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             if i + 1 < count:
                 clean = self._predicted_clean(scheduler, result, z) if preview else None
                 yield Event(i + 1, count, self.decode_latents(clean, output_type) if preview else None)
-        if not torch.isfinite(z).all():
-            raise ValueError(
-                "the model gave numbers that are not finite; its weights are damaged or of too low precision."
-            )
         yield Event(count, count, self.decode_latents(z, output_type))
 
     @torch.no_grad()
@@ -214,7 +210,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return unlabelled + guidance * (labelled - unlabelled)
 
     def decode_latents(self, z: torch.Tensor, output_type: str) -> Any:
-        """Pictures of latents (B, c, h, w)."""
+        """Pictures of latents (B, c, h, w); raises ValueError rather than return a black one."""
+        if not torch.isfinite(z).all():
+            raise ValueError(
+                "the model gave numbers that are not finite; its weights are damaged or of too low precision."
+            )
         if output_type == "latent":
             return z
         x = self.vae.decode(z.to(self.vae.dtype)).sample.float()

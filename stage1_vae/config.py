@@ -20,7 +20,7 @@ class VaeSettings(TrainSettings, DataSettings):
         "large": {"width": 128, "factor": 8, "layers": 2, "batch_size": 64, "lr": 1e-4},
     }
 
-    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 2500, "small": 20_000, "base": 100_000, "large": 300_000}
+    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1200, "small": 20_000, "base": 100_000, "large": 300_000}
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
     init: Path | None = Field(None, description="start from this autoencoder (a diffusers folder)")

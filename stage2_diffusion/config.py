@@ -19,7 +19,7 @@ class DiffusionSettings(TrainSettings):
         "large": {"width": 256, "depth": 4, "layers": 2, "attention": True, "batch_size": 512, "lr": 1e-4},
     }
 
-    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 3000, "small": 40_000, "base": 200_000, "large": 500_000}
+    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1800, "small": 40_000, "base": 200_000, "large": 500_000}
 
     latents: Path = Field(description="folder of the latent cache")
     vae: Path | None = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
