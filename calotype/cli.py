@@ -1,5 +1,6 @@
 """`calotype <command>`: a table of commands, each imported only when it is used."""
 
+import errno
 import importlib
 import os
 import sys
@@ -47,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         return run(argv[0], argv[1:])
     except UserError as error:
         print(f"calotype: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"calotype: no space left{where}; free some and give the same command again.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("calotype: interrupted; the same command goes on where it was.", file=sys.stderr)

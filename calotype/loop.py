@@ -154,7 +154,7 @@ class Run:
         lr = next(iter(self.stage.optimizers.values())).param_groups[0]["lr"]
         self.journal.write(self.at_step, self.pace.seconds, means | {"lr": lr, "images_per_second": round(rate, 1)})
         left, progress = self.pace.left(self.at_step)
-        self.line.show(progress, self.at_step, rate, left, means | self.validation)
+        self.line.show(progress, self.at_step, rate, left, {"loss": means["loss[train]"]} | self.validation)
 
     def _validate_if_due(self, before: float) -> None:
         now, count = self.pace.progress(self.at_step), self.settings.validations

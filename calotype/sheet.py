@@ -75,6 +75,11 @@ class Sheet:
         content = {k: v for k, v in asdict(self).items() if k != "records"}
         checkpoint.write_text(out / "data.json", json.dumps(content, indent=1, ensure_ascii=False))
 
+    def keep(self, source: Path, out: Path) -> None:
+        """Write the sheet into `out`, unless the command was given one or `out` has it already."""
+        if source.name != "data.json" and not (out / "data.json").exists():
+            self.write(out)
+
 
 def main(settings) -> None:
     """`calotype data`: write the sheet, or keep the one that is there."""
@@ -89,13 +94,18 @@ def main(settings) -> None:
 
 
 def open_sheet(source: str, settings: DataSettings, seed: int, out: Path, image_size: str) -> Sheet:
-    """The sheet that `source` names (a data.json), or that of a source read now and written into `out`."""
-    if Path(source).name == "data.json":
-        sheet = read_sheet(Path(source))
-        _refuse_contradiction(sheet, settings, Path(source))
-        return sheet
-    sheet = make_sheet(source, settings, seed, image_size)
-    sheet.write(out)
+    """The sheet that `source` names (a data.json), the one that `out` holds of this source, or one made now.
+
+    A new sheet is not written yet: the command may still find that it cannot work with it.
+    """
+    named = Path(source).name == "data.json"
+    file = Path(source) if named else out / "data.json"
+    if not file.exists() and not named:
+        return make_sheet(source, settings, seed, image_size)
+    sheet = read_sheet(file)
+    if not named and sheet.source != source:
+        raise UserError(f"--out {out} holds the data sheet of {sheet.source}, not {source}; give another --out.")
+    _refuse_contradiction(sheet, settings, file)
     return sheet
 
 

@@ -24,11 +24,12 @@ from calotype.stage1_vae.models import Vae, check_fits, latent_shape, load_vae
 def main(settings: EncodeSettings) -> None:
     """Encode train and held-out pictures; interrupted, it goes on with the first shard that is missing."""
     vae = load_vae(settings.vae, "--vae").eval().to(device.device())
-    settings.out.mkdir(parents=True, exist_ok=True)
     size = vae.config.sample_size
     sheet = open_sheet(settings.source, settings, settings.seed, settings.out, str(size))
     _refuse_mirrored_words(settings, sheet)
     check_fits(vae, sheet.channels, tuple(sheet.image_size))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    sheet.keep(Path(settings.source), settings.out)
     if not isinstance(vae, VQModel):
         ensure_quant_convs(vae)
     device.choose_attention(vae)

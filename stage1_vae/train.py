@@ -154,10 +154,13 @@ def main(settings: VaeSettings) -> None:
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
     if settings.trackers:
         accelerator.init_trackers("calotype")
-    with accelerator.main_process_first():
-        sheet = open_sheet(settings.source, settings, settings.seed, settings.out, PRESET_IMAGE_SIZE[settings.preset])
+    size = PRESET_IMAGE_SIZE[settings.preset]
+    sheet = open_sheet(settings.source, settings, settings.seed, settings.out, size)
     accelerator.print(summary(sheet))
-    loop.fit(VaeStage(settings, sheet, accelerator), settings, accelerator)
+    stage = VaeStage(settings, sheet, accelerator)
+    if accelerator.is_main_process:
+        sheet.keep(Path(settings.source), settings.out)
+    loop.fit(stage, settings, accelerator)
 
 
 def _chunks(items: list[int], size: int) -> Iterator[list[int]]:

@@ -1,0 +1,123 @@
+"""What the two stages do beyond the loop: odd shapes, no labels, starting from weights, trackers, averages."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from calotype import checkpoint, cli, shapes
+from calotype.pipeline import LatentDiffusionPipeline
+
+SHORT = "--steps 6 --batch-size 8 --precision fp32 --validations 1".split()
+
+
+def diffusion(finished, out, *more):
+    latents = ["--latents", str(finished / "latents"), "--vae", str(finished / "stage1_vae/vae")]
+    return ["train-diffusion", *latents, "--width", "16", "--sampler-steps", "4", *SHORT, "--out", str(out), *more]
+
+
+def test_flat_oblong_grey_pictures_make_an_unconditional_model(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        shapes.render(shapes.draw_factors(0, i, shapes.PLAIN), (24, 16)).convert("L").save(folder / f"{i}.png")
+    out = tmp_path / "run"
+    flags = ["--image-size", "24x16", "--factor", "2", *SHORT[:-2], "--out", str(out)]
+    assert cli.main(["run", str(folder), *flags]) == 0
+    pipe = LatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == [] and pipe.image_size == (24, 16) and pipe.image_channels == 1
+    image = pipe(num_images=1, num_inference_steps=3).images[0]
+    assert image.size == (16, 24) and image.mode == "L"
+    with pytest.raises(ValueError, match="trained without labels"):
+        pipe("red", 1)
+
+
+def test_labels_can_be_ignored(finished, tmp_path):
+    assert cli.main(diffusion(finished, tmp_path / "s2", "--unconditional")) == 0
+    assert UNet2DModel.from_pretrained(tmp_path / "s2/unet").config.num_class_embeds is None
+
+
+def test_the_saved_weights_are_the_average_and_the_checkpoint_has_both(finished, tmp_path):
+    assert cli.main(diffusion(finished, tmp_path / "s2")) == 0
+    saved = load_file(tmp_path / "s2/unet/diffusion_pytorch_model.safetensors")
+    parts, _ = checkpoint.load(tmp_path / "s2/checkpoints")
+    assert all(torch.equal(saved[name], parts["unet_ema"][name]) for name in saved)
+    assert any(not torch.equal(parts["unet"][name], parts["unet_ema"][name]) for name in saved)
+
+
+def test_training_goes_on_from_a_trained_unet(finished, tmp_path, capsys):
+    more = ["--init", str(finished), "--steps", "0"]
+    assert cli.main(diffusion(finished, tmp_path / "s2", *more)) == 0
+    theirs = load_file(finished / "stage2_diffusion/unet/diffusion_pytorch_model.safetensors")
+    ours = load_file(tmp_path / "s2/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert cli.main(diffusion(finished, tmp_path / "s3", *more, "--unconditional")) == 2
+    assert "--init" in capsys.readouterr().err
+    assert cli.main(diffusion(finished, tmp_path / "s3", "--init", str(tmp_path))) == 2
+    assert f"--init {tmp_path}" in capsys.readouterr().err
+
+
+def test_too_many_levels_are_refused(finished, tmp_path, capsys):
+    assert cli.main(diffusion(finished, tmp_path / "s2", "--depth", "5")) == 2
+    assert "--depth 5" in capsys.readouterr().err and not (tmp_path / "s2").exists()
+
+
+@pytest.mark.parametrize("regularizer, log_variance", [("none", -30.0), ("kl", 2 * np.log(0.2))])
+def test_the_saved_encoder_reports_the_variance_it_was_trained_with(finished, tmp_path, regularizer, log_variance):
+    out = tmp_path / "vae"
+    flags = ["--width", "8", "--factor", "2", *SHORT, "--regularizer", regularizer, "--posterior-std", "0.2"]
+    assert cli.main(["train-vae", str(finished / "data.json"), *flags, "--out", str(out)]) == 0
+    weights = load_file(out / "vae/diffusion_pytorch_model.safetensors")
+    assert (weights["quant_conv.weight"][4:] == 0).all()
+    folded = weights["quant_conv.bias"][4:]  # log-variance less twice the log of each channel's deviation
+    parts, _ = checkpoint.load(out / "checkpoints")
+    scale = parts["vae"]["quant_conv.weight"][:4] / weights["quant_conv.weight"][:4]
+    expected = log_variance - 2 * scale.flatten(1).median(1).values.log()
+    torch.testing.assert_close(folded, expected.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_trackers_of_accelerate_are_told(finished, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install 'calotype[track]'")
+    assert cli.main(diffusion(finished, tmp_path / "s2", "--trackers", "tensorboard", "--log-every", "2")) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = next((tmp_path / "s2").rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "s2/metrics.jsonl").read_text().splitlines()]
+    expected = [line["loss[train]"] for line in lines if "loss[train]" in line]
+    assert [event.value for event in events.Scalars("loss[train]")] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder"])
+def test_a_stage_alone_reads_its_source_once(pictures, tmp_path, source, monkeypatch, capsys):
+    source = str(pictures) if source == "folder" else source
+    words = ["train-vae", source, "--image-size", "16", "--width", "8", "--factor", "2", *SHORT, "--out"]
+    assert cli.main([*words, str(tmp_path / "vae")]) == 0
+    from calotype import sheet
+
+    monkeypatch.setattr(sheet, "make_sheet", lambda *_: pytest.fail("read again"))
+    assert cli.main([*words, str(tmp_path / "vae")]) == 0
+    words[1] = "elsewhere"
+    assert cli.main([*words, str(tmp_path / "vae")]) == 2
+    assert "holds the data sheet of" in capsys.readouterr().err
+
+
+def test_a_size_that_does_not_divide_leaves_nothing_behind(pictures, tmp_path, capsys):
+    words = ["--image-size", "18", "--factor", "4", "--steps", "1", "--out", str(tmp_path / "vae")]
+    assert cli.main(["train-vae", str(pictures), *words]) == 2
+    message = capsys.readouterr().err
+    assert "--image-size 18x18" in message and "try 16x16" in message
+    assert not (tmp_path / "vae").exists()
+
+
+def test_sample_sheets_are_pictures(finished):
+    for stage in ("stage1_vae", "stage2_diffusion"):
+        sheets = sorted((finished / stage / "samples").glob("*.png"))
+        assert len(sheets) == 2
+        assert np.asarray(Image.open(sheets[-1])).std() > 5
