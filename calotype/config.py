@@ -5,7 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,8 +14,12 @@ from calotype.errors import UserError
 
 Preset = Literal["tiny", "small", "base", "large"]
 PRESET_IMAGE_SIZE = {"tiny": "32", "small": "64", "base": "128", "large": "256"}
+T = TypeVar("T")
+# A setting that need not be given; its description says what happens then.
+Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 ImageSize = Annotated[str, Field(pattern=r"^\d+(x\d+)?$")]
 
+_MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 _TAIL = re.compile(r"(Argument helptext:|For full helptext|Perhaps you meant:\s*$).*")
 
@@ -37,10 +41,10 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where pictures come from and how they are prepared; what is not given is as the data sheet says."""
 
-    image_size: ImageSize | None = Field(None, description="side in pixels, or HEIGHTxWIDTH (default: by preset)")
-    fit: Literal["crop", "pad", "stretch"] | None = Field(None, description="way to that size (default: crop)")
-    channels: Literal[1, 3] | None = Field(None, description="grey or colour (default: as the pictures are)")
-    val: str | None = Field(None, description="held out: a folder, or a fraction by hash of the path (default: 0.05)")
+    image_size: Maybe[ImageSize] = Field(None, description="side in pixels, or HEIGHTxWIDTH (default: by preset)")
+    fit: Maybe[Literal["crop", "pad", "stretch"]] = Field(None, description="way to that size (default: crop)")
+    channels: Maybe[Literal[1, 3]] = Field(None, description="grey or colour (default: as the pictures are)")
+    val: Maybe[str] = Field(None, description="held out: a folder, or a fraction by hash of the path (default: 0.05)")
     allow_bad: bool = Field(False, description="go on even if more than 1 in 100 files is unreadable")
 
     @model_validator(mode="after")
@@ -72,8 +76,8 @@ class TrainSettings(Settings):
 
     out: Path = Field(description="folder of this stage")
     preset: Preset = Field("tiny", description="the one dial for width, batch, learning rate and length")
-    steps: int | None = Field(None, ge=0, description="optimiser steps (default: by preset, unless --max-minutes)")
-    max_minutes: float | None = Field(None, gt=0, description="stop after this time; the schedule follows the clock")
+    steps: Maybe[int] = Field(None, ge=0, description="optimiser steps (default: by preset, unless --max-minutes)")
+    max_minutes: Maybe[float] = Field(None, gt=0, description="stop after this time; the schedule follows the clock")
     batch_size: int = Field(64, ge=1, description="examples of one optimiser step, over all processes")
     micro_batches: int = Field(1, ge=1, description="parts in which a process walks through its share")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -88,7 +92,6 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept")
     validations: int = Field(8, ge=1, description="validations and sample sheets over the run")
     log_every: int = Field(10, ge=1, description="steps whose mean makes one line of metrics.jsonl")
-    workers: int = Field(0, ge=0, description="processes that decode pictures; 0 decodes in the main one")
     trackers: tuple[str, ...] = Field((), description="accelerate trackers, such as tensorboard")
     resume: bool = Field(False, description="insist that there is something to go on from")
     fresh: bool = Field(False, description="throw away what --out holds and begin again")
@@ -132,7 +135,8 @@ def parse(cls: type[Settings], argv: list[str], prog: str) -> Settings:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(cls, args=argv, prog=prog, default=default, config=(tyro.conf.FlagCreatePairsOff,))
+            description = f"{cls.__doc__} --config FILE gives settings too; flags win over it."
+            return tyro.cli(cls, args=argv, prog=prog, description=description, default=default, config=_MARKERS)
     except SystemExit as stop:
         if stop.code == 0:
             raise

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -128,9 +129,29 @@ def _execute(argv: list[str], nproc: int) -> None:
         return
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", _MODULES[argv[0]]]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
-    code = subprocess.run([sys.executable, *launch, *argv[1:]], env=threads | os.environ, check=False).returncode
+    code = _launch([sys.executable, *launch, *argv[1:]], threads | os.environ)
     if code:
         raise UserError(f"{argv[0]} ended with exit code {code} in one of {nproc} processes; its message is above.")
+
+
+def _launch(words: list[str], environment: dict[str, str]) -> int:
+    """Run a launcher to its end; a signal that is meant to end us goes to it, and its processes get time to save."""
+    process = subprocess.Popen(words, env=environment)
+    told = []
+
+    def pass_on(number: int, _frame) -> None:
+        told.append(number)
+        process.send_signal(number)
+
+    earlier = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if told:
+        raise SystemExit(128 + told[0])
+    return code
 
 
 def _refuse_odd_size(settings) -> None:

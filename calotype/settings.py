@@ -6,9 +6,11 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field
 
-from calotype.config import DataSettings, Preset, Settings
+from calotype.config import DataSettings, Maybe, Preset, Settings
 
 Source = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
+Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
 
 class SheetSettings(DataSettings):
@@ -30,14 +32,14 @@ class RunSettings(DataSettings):
     out: Path = Field(description="folder of the run")
     preset: Preset = Field("tiny", description="the one dial for width, batch, learning rate and length")
     flip: bool = Field(False, description="learn mirror images too")
-    vae: Path | None = Field(None, description="use this autoencoder (a diffusers folder) instead of training one")
-    factor: Literal[2, 4, 8, 16] | None = Field(None, description="picture side divided by latent side")
-    regularizer: Literal["none", "kl", "vq"] | None = Field(None, description="of the latents")
-    objective: Literal["flow", "v", "epsilon"] | None = Field(None, description="of the diffusion model")
-    steps: int | None = Field(None, ge=0, description="optimiser steps of each stage (default: by preset)")
-    max_minutes: float | None = Field(None, gt=0, description="time for all of it, shared out over the stages")
-    batch_size: int | None = Field(None, ge=1, description="examples of one optimiser step (default: by preset)")
-    lr: float | None = Field(None, gt=0, description="peak learning rate of both stages (default: by preset)")
+    vae: Maybe[Path] = Field(None, description="use this autoencoder (a diffusers folder) instead of training one")
+    factor: Maybe[Literal[2, 4, 8, 16]] = Field(None, description="picture side divided by latent side")
+    regularizer: Maybe[Literal["none", "kl", "vq"]] = Field(None, description="of the latents")
+    objective: Maybe[Literal["flow", "v", "epsilon"]] = Field(None, description="of the diffusion model")
+    steps: Maybe[int] = Field(None, ge=0, description="optimiser steps of each stage (default: by preset)")
+    max_minutes: Maybe[float] = Field(None, gt=0, description="time for all of it, shared out over the stages")
+    batch_size: Maybe[int] = Field(None, ge=1, description="examples of one optimiser step (default: by preset)")
+    lr: Maybe[float] = Field(None, gt=0, description="peak learning rate of both stages (default: by preset)")
     seed: int = Field(0, ge=0, description="with it and the settings everything random is fixed")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
@@ -50,33 +52,35 @@ class ExportSettings(Settings):
     """Put the parts of a run into one folder that diffusers loads."""
 
     run: Path = Field(description="folder of the run")
-    out: Path | None = Field(None, description="folder of the model (default: RUN/pipeline)")
+    out: Maybe[Path] = Field(None, description="folder of the model (default: RUN/pipeline)")
     seed: int = Field(0, ge=0, description="of the sample sheet")
 
 
 class EvaluateSettings(Settings):
     """Measure a run on pictures that no stage has seen; writes RUN/metrics.json."""
 
-    run: tyro.conf.Positional[Path] = Field(description="folder of the run")
+    run: tyro.conf.Positional[Run] = Field(description="folder of the run")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 
 
 class ReportSettings(Settings):
     """Write one self-contained page about a run: RUN/report.html."""
 
-    run: tyro.conf.Positional[Path] = Field(description="folder of the run")
+    run: tyro.conf.Positional[Run] = Field(description="folder of the run")
 
 
 class GenerateSettings(Settings):
     """Draw pictures; each PNG carries its settings."""
 
-    model: tyro.conf.Positional[Path] = Field(description="model folder, or a run folder that holds one")
-    label: tyro.conf.Positional[str | None] = Field(None, description="class name (default: all in turn)")
+    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
+    label: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="LABEL", help_behavior_hint="")]] = Field(
+        None, description="class name; without one all take turns"
+    )
     out: Path = Field(description="folder of the pictures")
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = Field(16, ge=1, description="number of pictures")
     seed: int = Field(0, ge=0, lt=2**63, description="picture i is drawn with seed + i")
-    steps: int | None = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
-    guidance: float | None = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
+    steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
+    guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
     batch_size: int = Field(64, ge=1, description="pictures drawn at once")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 
@@ -84,7 +88,7 @@ class GenerateSettings(Settings):
 class DemoSettings(Settings):
     """Serve a page to play with a model; only this machine can reach it."""
 
-    model: tyro.conf.Positional[Path] = Field(description="model folder, or a run folder that holds one")
+    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int | None = Field(None, ge=1, le=65535, description="port (default: the first free one from 7860)")
+    port: Maybe[int] = Field(None, ge=1, le=65535, description="port (default: the first free one from 7860)")
     open_browser: bool = Field(False, description="open the page in a browser")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import tyro
 from pydantic import Field
 
-from calotype.config import DataSettings, TrainSettings
+from calotype.config import DataSettings, Maybe, TrainSettings
 from calotype.settings import Source
 
 
@@ -23,21 +23,21 @@ class VaeSettings(TrainSettings, DataSettings):
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1200, "small": 20_000, "base": 100_000, "large": 300_000}
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
-    init: Path | None = Field(None, description="start from this autoencoder (a diffusers folder)")
+    init: Maybe[Path] = Field(None, description="start from this autoencoder (a diffusers folder)")
     width: int = Field(16, ge=4, description="channels of the first level")
     factor: Literal[2, 4, 8, 16] = Field(4, description="picture side divided by latent side")
     layers: int = Field(1, ge=1, description="residual blocks a level")
     latent_channels: int = Field(4, ge=1, description="channels of the latent")
     attention: bool = Field(False, description="self-attention in the middle block")
     regularizer: Literal["none", "kl", "vq"] = Field("kl", description="of the latents")
-    posterior_std: float | None = Field(
-        0.1, gt=0, description="fixed standard deviation of the KL posterior; None learns it for each element"
-    )
+    posterior_std: float = Field(0.1, gt=0, description="fixed standard deviation of the KL posterior")
+    learn_variance: bool = Field(False, description="let the encoder give the posterior's variance instead")
     beta: float = Field(1e-3, ge=0, description="weight of the regulariser, per pixel value")
     codebook: int = Field(512, ge=2, description="vectors in the VQ codebook")
     commitment: float = Field(0.25, ge=0, description="weight of the VQ commitment term")
     reconstruction: Literal["l1", "mse"] = Field("mse", description="reconstruction loss")
     flip: bool = Field(False, description="mirror half of the pictures")
+    workers: int = Field(0, ge=0, description="processes that decode pictures; 0 decodes in the main one")
 
 
 class EncodeSettings(DataSettings):
@@ -50,6 +50,5 @@ class EncodeSettings(DataSettings):
     batch_size: int = Field(128, ge=1, description="pictures encoded at once")
     shard_size: int = Field(16_384, ge=1, description="pictures in one shard")
     seed: int = Field(0, ge=0, description="seed of a procedural source")
-    workers: int = Field(0, ge=0, description="processes that decode pictures; 0 decodes in the main one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     fresh: bool = Field(False, description="encode again even if the cache is complete")

@@ -48,7 +48,7 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
         return Autoencoder(vae, VectorQuantization(vae.quantize.embedding, settings.commitment))
     if settings.regularizer == "none":
         return Autoencoder(vae, Identity())
-    return Autoencoder(vae, KL(None if settings.init else settings.posterior_std))
+    return Autoencoder(vae, KL(None if settings.init or settings.learn_variance else settings.posterior_std))
 
 
 def latent_shape(vae: Vae, size: tuple[int, int]) -> tuple[int, int, int]:

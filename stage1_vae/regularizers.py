@@ -63,7 +63,9 @@ class VectorQuantization(nn.Module):
     def indices(self, h: Tensor) -> Tensor:
         """Numbers (B, h, w) of the nearest code vectors."""
         flat = h.permute(0, 2, 3, 1).reshape(-1, h.shape[1])
-        return torch.cdist(flat, self.embedding.weight).argmin(1).reshape(len(h), *h.shape[2:])
+        with torch.autocast(h.device.type, enabled=False):  # near codes must not be confused by bf16
+            distance = torch.cdist(flat.float(), self.embedding.weight)
+        return distance.argmin(1).reshape(len(h), *h.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors (B, c, h, w) of numbers (B, h, w)."""

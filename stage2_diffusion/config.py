@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from calotype.config import TrainSettings
+from calotype.config import Maybe, TrainSettings
 
 
 class DiffusionSettings(TrainSettings):
@@ -22,8 +22,8 @@ class DiffusionSettings(TrainSettings):
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1800, "small": 40_000, "base": 200_000, "large": 500_000}
 
     latents: Path = Field(description="folder of the latent cache")
-    vae: Path | None = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
-    init: Path | None = Field(None, description="go on from the UNet of this run")
+    vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
+    init: Maybe[Path] = Field(None, description="go on from the UNet of this run")
     width: int = Field(64, ge=8, description="channels of the first level")
     depth: int = Field(2, ge=1, le=5, description="levels, each half as large as the one before")
     layers: int = Field(1, ge=1, description="residual blocks a level")

@@ -98,10 +98,19 @@ def test_a_foreign_autoencoder_is_absorbed(pictures, whole, tmp_path):
     assert json.loads((out / "stage1_vae/finished.json").read_text())["steps"] == 0
 
 
-def test_vq_and_v_prediction_and_two_processes(pictures, tmp_path):
+def test_vq_and_v_prediction_and_two_processes_stopped_in_between(pictures, tmp_path):
     out = tmp_path / "run"
-    words = command(pictures, out, "--regularizer", "vq", "--objective", "v", "--nproc", "2")
-    subprocess.run([sys.executable, "-m", "calotype", *words], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    more = ["--regularizer", "vq", "--objective", "v", "--nproc", "2", "--steps", "100"]
+    words = [sys.executable, "-m", "calotype", *command(pictures, out, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    while not checkpoint.steps(out / "stage1_vae/checkpoints"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    assert process.wait(90) == 130
+    assert not (out / "stage1_vae/finished.json").exists()
+    subprocess.run(words, check=True, env=environment)
     index = json.loads((out / "pipeline/model_index.json").read_text())
     assert index["vae"][1] == "VQModel"
     assert (
