@@ -126,7 +126,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, entry = name.partition(".")
-        state.setdefault(int(index), {})[entry] = tensor
+        state.setdefault(int(index), {})[entry] = tensor.clone()  # what was loaded is a view of the file
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -91,16 +91,17 @@ class Run:
                 self._set_learning_rates(progress)
                 window.append(self.stage.step(next(batches), self.at_step))
                 self.at_step += 1
-                if self.at_step % self.settings.log_every == 0:
+                stop, save = self._told_to_stop(interruption), self.at_step % self.settings.checkpoint_every == 0
+                # Before a save the figures are read in any case: a state that is not finite must not be kept.
+                if stop or save or self.at_step % self.settings.log_every == 0:
                     self._log(window)
                     window = []
                 self._validate_if_due(progress)
-                if self._told_to_stop(interruption):
+                if stop or save:
                     self._save()
+                if stop:
                     self.line.close()
                     raise SystemExit(interruption.exit_code)
-                if self.at_step % self.settings.checkpoint_every == 0:
-                    self._save()
         self._finish()
 
     def _restore(self) -> tuple[int, float]:
