@@ -41,7 +41,9 @@ def main() -> int:
     for row in rows:
         print(f"{row['stage']:8} {row['same']:>4} of {row['trials']:<3} {row['in_save']:>17} {row['bad']:>21}")
     print(json.dumps(rows))
-    return int(any(row["same"] != row["trials"] or row["bad"] for row in rows))
+    # with many trials some must have hit a save, or the instants were badly chosen
+    blind = args.kills >= 10 and not all(row["in_save"] for row in rows)
+    return int(blind or any(row["same"] != row["trials"] or row["bad"] for row in rows))
 
 
 class Work:

@@ -4,7 +4,6 @@ A folder counts as a checkpoint only if every file has the size and SHA-256 that
 removed after the new one has reached the disk, so a crash at any instant leaves a good one.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calotype.errors import UserError
+from calotype.errors import UserError, is_disk_full
 
 Tensors = dict[str, Tensor]
 _MANIFEST = "manifest.json"
@@ -28,6 +27,8 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, An
     Raises UserError if the disk is full; older checkpoints are then as they were.
     """
     final = folder / f"step-{step:08d}"
+    if verify(final) is None:
+        return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         _remove_leftovers(folder)
@@ -40,14 +41,17 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, An
         publish(temporary, final)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"no space left in {folder} for the checkpoint of step {step}; free some space and give the same command "
             "again: it goes on from the last checkpoint."
         ) from None
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    kept = [path for path in steps(folder) if path <= final][-keep:]
+    for old in set(steps(folder)) - set(kept):
+        gone = old.with_name(f".{old.name}.gone")  # a kill on the way must leave no half of it under its name
+        old.rename(gone)
+        shutil.rmtree(gone)
     return final
 
 
@@ -97,7 +101,7 @@ def publish(temporary: Path, final: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a small file so that readers see the old text or the new one, never a part."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     _fsync(temporary)
     temporary.replace(file)
     _fsync(file.parent)
@@ -140,7 +144,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+    if os.name == "nt":  # Windows syncs neither a folder nor a file that is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -153,10 +157,3 @@ def _remove_leftovers(folder: Path) -> None:
     """Half-written folders of a killed process (the run folder is locked, so nobody else is writing)."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Whether the disk is full: Python says so by errno, safetensors only in its text."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        text in str(error) for text in ("No space left", "os error 28", "os error 27", "File too large")
-    )

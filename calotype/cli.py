@@ -1,12 +1,11 @@
 """`calotype <command>`: a table of commands, each imported only when it is used."""
 
-import errno
 import importlib
 import os
 import sys
 
 from calotype import __version__
-from calotype.errors import UserError
+from calotype.errors import UserError, is_disk_full
 
 # command: (settings, function, one line of help); names only, so that --help imports no torch
 COMMANDS = {
@@ -51,16 +50,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `calotype --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" for {error.filename}" if error.filename else ""
-        print(f"calotype: no space left{where}; free some and give the same command again.", file=sys.stderr)
-        return 2
+        return 0 if {"-h", "--help"} & set(argv) or not argv else 1
     except KeyboardInterrupt:
         print("calotype: interrupted; the same command goes on where it was.", file=sys.stderr)
         return 130
+    except Exception as error:
+        message = _of_the_system(error)
+        if message is None:
+            raise
+        print(f"calotype: {message}", file=sys.stderr)
+        return 2
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """One line for what the file system refuses; None for anything else, which is our own fault."""
+    if is_disk_full(error):
+        where = getattr(error, "filename", None)
+        return f"no space left{f' for {where}' if where else ''}; free some and give the same command again."
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; name another file or folder, or change its permissions."
+    return None
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -68,13 +77,18 @@ def run(command: str, argv: list[str]) -> int:
     # Nothing is fetched unless somebody asks for it, and nothing reports home.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    settings = settings_of([command, *argv])
+    return _load(COMMANDS[command][1])(settings) or 0
+
+
+def settings_of(argv: list[str]):
+    """The settings that a command and its flags make; raises UserError."""
+    command, *flags = argv
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; {_suggest(command)}")
     from calotype.config import parse
 
-    settings_path, function_path, _ = COMMANDS[command]
-    settings = parse(_load(settings_path), argv, prog=f"calotype {command}")
-    return _load(function_path)(settings) or 0
+    return parse(_load(COMMANDS[command][0]), flags, prog=f"calotype {command}")
 
 
 def overview() -> str:

@@ -17,8 +17,9 @@ PRESET_IMAGE_SIZE = {"tiny": "32", "small": "64", "base": "128", "large": "256"}
 T = TypeVar("T")
 # A setting that need not be given; its description says what happens then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-ImageSize = Annotated[str, Field(pattern=r"^\d+(x\d+)?$")]
+ImageSize = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)?$")]
 
+_ONCE = {"fresh", "resume"}
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 _TAIL = re.compile(r"(Argument helptext:|For full helptext|Perhaps you meant:\s*$).*")
@@ -33,9 +34,15 @@ class Settings(BaseModel):
     # What may differ when a run is resumed; everything else belongs to the run's identity.
     FREE: ClassVar[frozenset[str]] = frozenset()
 
+    @model_validator(mode="after")
+    def _resume_or_fresh(self) -> Self:
+        if getattr(self, "resume", False) and getattr(self, "fresh", False):
+            raise ValueError("--resume and --fresh exclude each other; give one of them.")
+        return self
+
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return self.model_dump(mode="json")
+        """The settings as plain JSON values, without what is said for one call only."""
+        return self.model_dump(mode="json", exclude=_ONCE)
 
 
 class DataSettings(Settings):
@@ -96,12 +103,6 @@ class TrainSettings(Settings):
     resume: bool = Field(False, description="insist that there is something to go on from")
     fresh: bool = Field(False, description="throw away what --out holds and begin again")
 
-    @model_validator(mode="after")
-    def _resume_or_fresh(self) -> Self:
-        if self.resume and self.fresh:
-            raise ValueError("--resume and --fresh exclude each other; give one of them.")
-        return self
-
     @property
     def length(self) -> int | None:
         """Optimiser steps of the run; None where only the clock ends it."""
@@ -129,6 +130,8 @@ def parse(cls: type[Settings], argv: list[str], prog: str) -> Settings:
     argv, config_file = _take(argv, "--config")
     given = read_settings(cls, Path(config_file)) if config_file else {}
     _, preset = _take(argv, "--preset")
+    if preset and preset != given.get("preset", preset):  # the flag wins over the file, with all that it stands for
+        given = {name: value for name, value in given.items() if name not in cls.PRESETS.get(preset, {})}
     preset = preset or given.get("preset", "tiny")
     required = {name: tyro.MISSING for name, field in cls.model_fields.items() if field.is_required()}
     default = cls.model_construct(**required | cls.PRESETS.get(preset, {}) | given)
@@ -151,14 +154,16 @@ def read_settings(cls: type[Settings], file: Path) -> dict[str, Any]:
         raise UserError(f"--config {file} cannot be read ({error.strerror}); give the config.json of a run.") from None
     except ValueError as error:
         raise UserError(f"--config {file} is not JSON ({error}).") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--config {file} holds no settings; give the config.json of a run.")
     unknown = sorted(set(given) - set(cls.model_fields))
     if unknown:
         raise UserError(f"{file}: unknown key {unknown[0]!r}; {_did_you_mean(unknown[0], cls)}")
     try:
-        checked = cls.model_construct(**given).__class__.model_validate(_complete(cls, given))
+        checked = cls.model_validate(_complete(cls, given))
     except ValidationError as error:
         raise UserError(f"{file}: {describe(error)}") from None
-    return {name: getattr(checked, name) for name in given}
+    return {name: getattr(checked, name) for name in given if name not in _ONCE}
 
 
 def refuse_other_settings(settings: Settings, file: Path) -> None:

@@ -61,6 +61,13 @@ class Pictures:
             self._kept[i] = self._read(i)
         return self._kept[i]
 
+    def refuse_gone(self) -> None:
+        """Raise UserError if a picture has gone bad since the data sheet was made."""
+        if self.gone:
+            raise UserError(
+                f"{self._root / min(self.gone)} can no longer be read; mend it, or run `calotype data` with --fresh."
+            )
+
     def _read(self, i: int) -> Tensor:
         """Picture i; one that has gone bad since it was checked is replaced by the next good one."""
         for j in range(len(self)):
@@ -82,7 +89,7 @@ class Pictures:
     def _note(self, record: Record, error: UnreadableImage) -> None:
         if record.file not in self.gone:
             self.gone.add(record.file)
-            print(f"Left out from now on: {error}")
+            print(f"Replaced by the next picture from now on: {error}")
 
 
 class PictureBatches:

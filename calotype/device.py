@@ -5,6 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -13,6 +14,7 @@ from calotype.errors import UserError
 
 def accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder=None) -> Accelerator:
     """An Accelerator on the best device here; `precision` is auto, fp32 or bf16."""
+    _refuse_missing_trackers(trackers)
     AcceleratorState._reset_state(reset_partial_state=False)  # a process may run several commands, one after the other
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if cpu and "RANK" in os.environ:  # accelerate starts a single process unless it is told
@@ -24,6 +26,15 @@ def accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder=None) 
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def _refuse_missing_trackers(trackers: tuple[str, ...]) -> None:
+    """accelerate drops a tracker that is not installed with a line in the debug log; a user wants to know."""
+    here = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in here:
+            known = f"here are {', '.join(sorted(here))}" if here else "none is installed"
+            raise UserError(f"--trackers {name} is not to be had ({known}); try pip install 'calotype[track]'.")
 
 
 def device() -> torch.device:

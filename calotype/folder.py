@@ -90,7 +90,7 @@ def _from_metadata(root: Path, file: Path) -> list[Entry]:
             raise UserError(f"{file}, line {number}: no file_name; every line needs one.")
         if not (root / name).resolve().is_relative_to(root.resolve()):
             raise UserError(f"{file}, line {number}: {name} lies outside {root}; move it inside.")
-        entries.append(Entry(name, str(row.get("label") or ""), str(row.get("text") or "")))
+        entries.append(Entry(name, _text(row.get("label")), _text(row.get("text"))))
     if not entries:
         raise UserError(f"{file} names no pictures; fill it or remove it.")
     unlabelled = next((entry.file for entry in entries if not entry.label), None)
@@ -99,8 +99,20 @@ def _from_metadata(root: Path, file: Path) -> list[Entry]:
     return sorted(entries)
 
 
+def _text(value) -> str:
+    """A label may be the number 0; what is missing is the empty text."""
+    return "" if value is None else str(value)
+
+
 def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers and rows of a metadata file."""
+    """Line numbers and rows of a metadata file; raises UserError where it is not UTF-8 or no table."""
+    try:
+        yield from _lines(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}); save it as UTF-8.") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         if file.suffix == ".csv":
             yield from enumerate(csv.DictReader(stream), start=2)

@@ -59,6 +59,12 @@ def load_image(
         raise UnreadableImage(f"{_display_name(source)}: damaged ({reason})") from error
 
 
+def header_size(source: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) that the header of a readable picture gives, whatever is decoded of it."""
+    with Image.open(source, formats=FORMATS) as image:
+        return image.size
+
+
 def _binary_file(source: str | os.PathLike | BinaryIO):
     if hasattr(source, "read"):
         return contextlib.nullcontext(source)
@@ -195,7 +201,6 @@ def image_grid(
     labels: list[str] | None = None,
     *,
     row_labels: list[str] | None = None,
-    column_labels: list[str] | None = None,
     scale: int | None = None,
 ) -> Image.Image:
     """A white sheet of uint8 pictures (N, C, H, W) in rows, small ones enlarged by a whole `scale`, with captions."""
@@ -205,7 +210,7 @@ def image_grid(
     font = ImageFont.load_default(min(14, max(9, tile_width // 7)))
     line = sum(font.getmetrics()) + 1
     left = max((round(font.getlength(label)) + 4 * _GAP for label in row_labels or []), default=_GAP)
-    top = _GAP + (line if column_labels else 0)
+    top = _GAP
     pitch_x, pitch_y = tile_width + _GAP, tile_height + _GAP + (line if labels else 0)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (left + columns * pitch_x, top + rows * pitch_y), (255, 255, 255))
@@ -217,8 +222,6 @@ def image_grid(
         sheet.paste(tile.resize((tile_width, tile_height), Image.Resampling.NEAREST), (x, y))
         if labels:
             _caption(draw, labels[i], (x + tile_width / 2, y + tile_height + line / 2), "mm", tile_width, font)
-    for i, label in enumerate(column_labels or []):
-        _caption(draw, label, (left + i * pitch_x + tile_width / 2, line / 2), "mm", tile_width, font)
     for i, label in enumerate(row_labels or []):
         draw.text((left - 2 * _GAP, top + i * pitch_y + tile_height / 2), label, _INK, font, "rm")
     return sheet

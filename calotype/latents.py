@@ -6,7 +6,6 @@ the data that the cache belongs to.
 """
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -123,7 +122,6 @@ class LatentBatches:
     def __init__(self, cache: LatentCache, seed: int):
         self.cache, self.seed = cache, seed
         self.order = KeyedOrder(len(cache), seed)
-        self.waited = 0.0  # seconds spent reading
 
     def at(self, positions: range) -> Batch:
         """The batch at neighbouring positions: z (B, c, h, w) and class ids (B,)."""
@@ -136,8 +134,5 @@ class LatentBatches:
     def from_step(self, step: int, share: Share) -> Iterator[Batch]:
         """The batches of one process from a step on, for ever."""
         while True:
-            began = time.perf_counter()
-            batch = self.at(share.positions(step))
-            self.waited += time.perf_counter() - began
-            yield batch
+            yield self.at(share.positions(step))
             step += 1

@@ -2,29 +2,28 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 
 from calotype import checkpoint
 from calotype.config import TrainSettings, refuse_other_settings
 from calotype.data import Batch
+from calotype.device import device as best_device
 from calotype.ema import PowerEma
 from calotype.errors import UserError
+from calotype.lock import claimed
 from calotype.tracking import Journal, ProgressLine
 
 _OWN_FILES = ("config.json", "metrics.jsonl", "finished.json", "samples", "checkpoints")
@@ -60,13 +59,15 @@ class Stage(Protocol):
 def fit(stage: Stage, settings: TrainSettings, accelerator: Accelerator) -> None:
     """Train a stage to its end, from where it was; the same command again is always safe. Raises UserError."""
     out = settings.out
-    with _claimed(out, accelerator):
+    with claimed(out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             _prepare(out, settings, stage.exports)
         accelerator.wait_for_everyone()
         if (out / "finished.json").exists():
             accelerator.print(f"{stage.name}: {out} is finished.")
             return
+        if settings.trackers:
+            accelerator.init_trackers("calotype")
         Run(stage, settings, accelerator).train()
 
 
@@ -81,23 +82,24 @@ class Run:
         self.journal = Journal(self.out / "metrics.jsonl", self.at_step, accelerator)
         self.line = ProgressLine(stage.name, accelerator.is_main_process)
         self.validation: dict[str, float] = {}
+        self.window: list[dict[str, Tensor]] = []  # figures of the steps since the last line of metrics.jsonl
 
     def train(self) -> None:
         """Step until the end is reached or a signal comes; then save, and at the end export."""
         with Interruption() as interruption:
             batches = self.stage.batches(self.at_step)
-            window: list[dict[str, Tensor]] = []
-            while (progress := self.pace.progress(self.at_step)) < 1:
+            progress = self.pace.progress(self.at_step)
+            while progress < 1:
                 self._set_learning_rates(progress)
-                window.append(self.stage.step(next(batches), self.at_step))
+                self.window.append(self.stage.step(next(batches), self.at_step))
                 self.at_step += 1
-                stop, save = self._told_to_stop(interruption), self.at_step % self.settings.checkpoint_every == 0
-                # Before a save the figures are read in any case: a state that is not finite must not be kept.
-                if stop or save or self.at_step % self.settings.log_every == 0:
-                    self._log(window)
-                    window = []
-                self._validate_if_due(progress)
-                if stop or save:
+                before, progress = progress, self.pace.progress(self.at_step)
+                if self.at_step % self.settings.log_every == 0:
+                    self._log()
+                if math.floor(progress * self.settings.validations) > math.floor(before * self.settings.validations):
+                    self._validate()
+                stop = self._told_to_stop(interruption)
+                if stop or self.at_step % self.settings.checkpoint_every == 0:
                     self._save()
                 if stop:
                     self.line.close()
@@ -127,6 +129,7 @@ class Run:
         return self.stage.models | averages
 
     def _save(self) -> None:
+        self._log()
         if self.accelerator.is_main_process:
             parts = {name: module.state_dict() for name, module in self._modules().items()}
             for name, optimizer in self.stage.optimizers.items():
@@ -142,10 +145,13 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.lr * factor
 
-    def _log(self, window: list[dict[str, Tensor]]) -> None:
+    def _log(self) -> None:
         """Mean over a window of steps and over the processes; the only place where a step's figures are read."""
-        means = {name: torch.stack([values[name] for values in window]).mean() for name in window[0]}
+        if not self.window:
+            return
+        means = {name: torch.stack([values[name] for values in self.window]).mean() for name in self.window[0]}
         means = {f"{name}[train]": value.item() for name, value in self.accelerator.reduce(means, "mean").items()}
+        self.window = []
         if not all(map(math.isfinite, means.values())):
             raise UserError(
                 f"{self.stage.name}: the loss is not finite at step {self.at_step}; try a lower --lr, or "
@@ -157,12 +163,8 @@ class Run:
         left, progress = self.pace.left(self.at_step)
         self.line.show(progress, self.at_step, rate, left, {"loss": means["loss[train]"]} | self.validation)
 
-    def _validate_if_due(self, before: float) -> None:
-        now, count = self.pace.progress(self.at_step), self.settings.validations
-        if math.floor(now * count) > math.floor(before * count):
-            self._validate()
-
     def _validate(self) -> None:
+        self._log()  # a state that is not finite must not be measured, kept or exported
         self.validation = {f"{name}[val]": value for name, value in self.stage.validate().items()}
         self.journal.write(self.at_step, self.pace.seconds, self.validation)
         if self.accelerator.is_main_process:
@@ -175,8 +177,8 @@ class Run:
         """Whether a signal came; several processes agree on the step at which they stop."""
         if self.accelerator.num_processes == 1:
             return interruption.received is not None
-        if self.at_step % _AGREE_EVERY:
-            return False
+        if self.accelerator.device.type != "cpu" and self.at_step % _AGREE_EVERY:
+            return False  # asking makes a GPU wait
         told = torch.tensor(float(interruption.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(told, "sum").item())
 
@@ -231,10 +233,11 @@ class Pace:
 
 
 class Interruption:
-    """Notes the first SIGINT or SIGTERM, so that a step can end and be saved; the second one stops at once."""
+    """Notes the first SIGINT or SIGTERM, so that a step can end and be saved; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.received: int | None = None
+        self.since = 0.0
         self.earlier: dict[int, Any] = {}
 
     @property
@@ -253,10 +256,13 @@ class Interruption:
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame) -> None:
-        self.received = number
-        signal.signal(number, self.earlier[number])
-        print("\nStopping after this step; once more stops at once.", flush=True)
+    def _note(self, number: int, frame) -> None:
+        """A launcher may repeat SIGTERM, and hand on what we got already; only a later Ctrl-C means at once."""
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+            print("\nStopping after this step; Ctrl-C once more stops at once.", flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+            raise KeyboardInterrupt
 
 
 def learning_rate_factor(settings: TrainSettings, step: int, progress: float) -> float:
@@ -270,7 +276,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     if settings.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=settings.lr)
     decay = settings.weight_decay
-    fused = next(model.parameters()).device.type != "mps"
+    fused = best_device().type != "mps"
     return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
 
 
@@ -282,30 +288,15 @@ def update(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
     return norm
 
 
-@contextmanager
-def _claimed(out: Path, accelerator: Accelerator):
-    """The folder, for one run at a time; the lock dies with its process."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    holder = out / ".holder"
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            yield
-    except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise UserError(f"--out {out} is in use by {who}; wait for it, or give another --out.") from None
-
-
 def _prepare(out: Path, settings: TrainSettings, exports: tuple[str, ...]) -> None:
     """Check that the folder holds this run or nothing, and write its config.json."""
-    if settings.fresh:
+    config = out / "config.json"
+    if settings.fresh and config.exists():
         for name in (*_OWN_FILES, *exports):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    config = out / "config.json"
+    elif not config.exists() and (strange := [name for name in (*_OWN_FILES, *exports) if (out / name).exists()]):
+        raise UserError(f"--out {out} holds {strange[0]} but no run; give another --out.")
     if config.exists():
         refuse_other_settings(settings, config)
     else:

@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from calotype import __version__, cli
 from calotype.checkpoint import write_text
-from calotype.config import PRESET_IMAGE_SIZE, flag, refuse_other_settings
+from calotype.config import PRESET_IMAGE_SIZE, flag, height_width, refuse_other_settings
 from calotype.errors import UserError
+from calotype.lock import claimed
+from calotype.sheet import VARIATIONS, read_sheet, refuse_flip
 
 # Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
 _STAGE1_UNTIL, _STAGE2_UNTIL = 0.36, 0.92
@@ -33,14 +33,16 @@ def main(settings) -> None:
         refuse_other_settings(settings, config)
     elif settings.resume:
         raise UserError(f"--resume: {out} holds no run; leave the flag out to begin.")
-    _refuse_odd_size(settings)
+    _refuse_strange_folder(out)
+    _refuse_what_cannot_work(settings)
     began = time.monotonic()
-    _execute(data_command(settings), settings.nproc)
-    with _claimed(out):
+    with claimed(out) if out.exists() else nullcontext():  # a source that is refused leaves no folder behind
+        _execute(data_command(settings), settings.nproc)
+        refuse_flip(settings.flip, read_sheet(out / "data.json"))
+    with claimed(out):
         log = _begin(settings, config, time.monotonic() - began)
         for name in ("train-vae", "encode", "train-diffusion", "export", "evaluate"):
-            log.run(name, settings)
-        write_text(out / "run.json", log.text())
+            log.run(name)
         _execute(["report", str(out)], 1)
     _tell(settings)
 
@@ -77,48 +79,59 @@ def command(name: str, settings, spent: float) -> list[str]:
 class Log:
     """run.json: the commands of a run, their time, and which are finished."""
 
-    def __init__(self, out: Path, entries: list[dict]):
-        self.out, self.entries = out, entries
+    def __init__(self, settings, entries: list[dict]):
+        self.settings, self.entries = settings, entries
 
-    def run(self, name: str, settings) -> None:
-        """Run a command unless it is finished; its words are fixed when it first begins."""
-        entry = next((e for e in self.entries if e["argv"][0] == name), None)
+    def run(self, name: str) -> None:
+        """Run a command unless it is finished; its share of the time is fixed when it first begins."""
+        entry = next((e for e in self.entries if e["name"] == name), None)
         if entry is None:
-            entry = {"argv": command(name, settings, self.spent), "seconds": 0.0, "finished": False}
+            entry = {"name": name, "spent": self.spent, "seconds": 0.0, "finished": False}
             self.entries.append(entry)
         if entry["finished"]:
             return
+        argv = command(name, self.settings, entry["spent"])
+        entry["command"] = _typed(argv)
+        self.write()
         began, earlier = time.monotonic(), entry["seconds"]
-        write_text(self.out / "run.json", self.text())
         try:
-            _execute(entry["argv"], settings.nproc)
+            _execute(argv, self.settings.nproc)
             entry["finished"] = True
         finally:
-            entry["seconds"] = round(earlier + time.monotonic() - began, 1)
-            write_text(self.out / "run.json", self.text())
+            # The stage's own clock also knows of sessions that were killed.
+            seconds = max(earlier + time.monotonic() - began, _stage_seconds(self.settings.out, name))
+            entry["seconds"] = round(seconds, 1)
+            self.write()
 
     @property
     def spent(self) -> float:
         """Seconds of all commands so far."""
         return sum(entry["seconds"] for entry in self.entries)
 
-    def text(self) -> str:
-        """The content of run.json."""
-        commands = [{"command": _typed(entry["argv"]), **entry} for entry in self.entries]
-        return json.dumps({"version": __version__, "commands": commands}, indent=1)
+    def write(self) -> None:
+        """Write run.json."""
+        text = json.dumps({"version": __version__, "commands": self.entries}, indent=1)
+        write_text(self.settings.out / "run.json", text)
+
+
+def _stage_seconds(out: Path, name: str) -> float:
+    folder = {"train-vae": "stage1_vae", "train-diffusion": "stage2_diffusion"}.get(name, name)
+    file = out / folder / "finished.json"
+    return json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
 
 
 def _begin(settings, config: Path, seconds: float) -> Log:
     """The log of a new run or of the one that is there."""
     out = settings.out
-    if settings.fresh:
+    if settings.fresh and config.exists():
         for name in _OWN:
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     if settings.fresh or not config.exists():
         write_text(config, json.dumps(settings.to_json(), indent=1))
     if (out / "run.json").exists():
-        return Log(out, json.loads((out / "run.json").read_text())["commands"])
-    return Log(out, [{"argv": data_command(settings), "seconds": round(seconds, 1), "finished": True}])
+        return Log(settings, json.loads((out / "run.json").read_text())["commands"])
+    data = {"name": "data", "command": _typed(data_command(settings)), "spent": 0.0, "finished": True}
+    return Log(settings, [data | {"seconds": round(seconds, 1)}])
 
 
 def _execute(argv: list[str], nproc: int) -> None:
@@ -136,7 +149,7 @@ def _execute(argv: list[str], nproc: int) -> None:
 
 def _launch(words: list[str], environment: dict[str, str]) -> int:
     """Run a launcher to its end; a signal that is meant to end us goes to it, and its processes get time to save."""
-    process = subprocess.Popen(words, env=environment)
+    process = subprocess.Popen(words, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes to us alone
     told = []
 
     def pass_on(number: int, _frame) -> None:
@@ -154,13 +167,44 @@ def _launch(words: list[str], environment: dict[str, str]) -> int:
     return code
 
 
-def _refuse_odd_size(settings) -> None:
-    """Find a size that cannot be halved often enough before hours go by, not after."""
-    height, _, width = (settings.image_size or PRESET_IMAGE_SIZE[settings.preset]).partition("x")
-    factor = settings.factor or 1
-    if int(height) % factor or int(width or height) % factor:
-        near = max(factor, int(height) // factor * factor)
-        raise UserError(f"--image-size {settings.image_size} must be a multiple of --factor {factor}; try {near}.")
+def _refuse_strange_folder(out: Path) -> None:
+    """A folder with other people's files in it is no place for a run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder.")
+    ours = ("config.json", "data.json")
+    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in ours):
+        raise UserError(f"--out {out} is not empty and holds no run; give another folder.")
+
+
+def _refuse_what_cannot_work(settings) -> None:
+    """Find what a later command would refuse before hours go by, and before anything is written."""
+    if settings.flip and settings.source in VARIATIONS:
+        raise UserError(
+            f"--flip: the pictures of {settings.source} have captions, wrong for a mirror image; leave it out."
+        )
+    stages = [cli.settings_of(command(name, settings, 0.0)) for name in _MODULES]
+    factor = _foreign_factor(settings) if settings.vae else stages[0].factor
+    size = settings.image_size or PRESET_IMAGE_SIZE[settings.preset]
+    if any(side % factor for side in height_width(size)):
+        near = "x".join(str(max(factor, side // factor * factor)) for side in height_width(size))
+        raise UserError(f"--image-size {size} must be a multiple of {factor}, the autoencoder's --factor; try {near}.")
+    for stage in stages:
+        if stage.batch_size % settings.nproc:
+            raise UserError(
+                f"--batch-size {stage.batch_size} must be a multiple of --nproc {settings.nproc}; "
+                f"try {max(1, stage.batch_size // settings.nproc) * settings.nproc}."
+            )
+
+
+def _foreign_factor(settings) -> int:
+    """How far the autoencoder that --vae names shrinks pictures."""
+    for name in ("factor", "regularizer"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: --vae brings its own; leave one of them out.")
+    try:
+        return 2 ** (len(json.loads((settings.vae / "config.json").read_text())["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--vae {settings.vae} is not a saved autoencoder; give a diffusers folder.") from None
 
 
 def _minutes(settings, until: float, spent: float) -> list[str]:
@@ -176,22 +220,13 @@ def _flags(settings, names: tuple[str, ...]) -> list[str]:
         value, field = getattr(settings, name), type(settings).model_fields[name]
         if value is True:
             words.append(flag(name))
-        elif value not in (None, False) and value != field.default:
+        elif value is not None and value is not False and value != field.default:
             words += [flag(name), str(value)]
     return words
 
 
 def _typed(argv: list[str]) -> str:
     return shlex.join(["calotype", *argv])
-
-
-@contextmanager
-def _claimed(out: Path):
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"--out {out} is in use by another run; wait for it, or give another --out.") from None
 
 
 def _tell(settings) -> None:

@@ -21,12 +21,13 @@ from calotype import checkpoint, shapes
 from calotype.config import PRESET_IMAGE_SIZE, DataSettings, fraction_of, height_width
 from calotype.errors import UserError
 from calotype.folder import Entry, list_pictures
-from calotype.images import UnreadableImage, load_image
+from calotype.images import UnreadableImage, header_size, load_image
 
 UNLABELLED = -1
 SHAPES_COUNT = 12_000  # a multiple of 48, so that every class has as many
 _BAD_SHARE = 0.01
 _DEFAULT_FRACTION = 0.05
+_PURPOSES = {"train": "train on", "val": "hold out"}
 VARIATIONS = {"shapes": shapes.PLAIN, "shapes:full": shapes.FULL}
 
 
@@ -87,8 +88,11 @@ def main(settings) -> None:
     if settings.fresh or not file.exists():
         make_sheet(settings.source, settings, settings.seed, PRESET_IMAGE_SIZE[settings.preset]).write(settings.out)
     sheet = read_sheet(file)
-    if sheet.source != settings.source:
-        raise UserError(f"--out {settings.out} holds the data sheet of {sheet.source}; give another --out or --fresh.")
+    if (sheet.source, sheet.seed) != (settings.source, settings.seed):
+        raise UserError(
+            f"--out {settings.out} holds the data sheet of {sheet.source} with --seed {sheet.seed}; "
+            "give another --out, or --fresh."
+        )
     _refuse_contradiction(sheet, settings, file)
     print(summary(sheet))
 
@@ -112,8 +116,8 @@ def open_sheet(source: str, settings: DataSettings, seed: int, out: Path, image_
 def read_sheet(file: Path) -> Sheet:
     """A sheet from data.json and its manifest; raises UserError if they do not belong together."""
     try:
-        sheet = Sheet(**json.loads(file.read_text()))
-        lines = file.with_name("manifest.jsonl").read_text()
+        sheet = Sheet(**json.loads(file.read_text(encoding="utf-8")))
+        lines = file.with_name("manifest.jsonl").read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); run `calotype data` again.") from None
     except (ValueError, TypeError) as error:
@@ -127,11 +131,14 @@ def read_sheet(file: Path) -> Sheet:
 def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) -> Sheet:
     """Read a source; unreadable files are left out and named, more than 1 in 100 raises UserError."""
     if source in VARIATIONS:
+        if settings.val and fraction_of(settings.val) is None:
+            raise UserError(f"--val {settings.val}: {source} has no folders; give a fraction such as 0.05.")
         found = _read_shapes(source, seed, fraction_of(settings.val) or _DEFAULT_FRACTION)
     elif ":" in source and not Path(source).exists():
         raise UserError(f"SOURCE {source} is not known; give `shapes`, `shapes:full` or a folder of pictures.")
     else:
         found = _read_folder(Path(source), settings)
+    labels = Counter(record.label for record in found.records)
     sheet = Sheet(
         source=source,
         image_size=list(height_width(settings.image_size or image_size)),
@@ -139,7 +146,7 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
         channels=settings.channels or found.channels,
         seed=seed,
         counts={"train": sum(not r.val for r in found.records), "val": sum(r.val for r in found.records)},
-        classes={name: sum(r.label == i for r in found.records) for i, name in enumerate(found.classes)},
+        classes={name: labels[i] for i, name in enumerate(found.classes)},
         captions=any(r.text for r in found.records),
         sizes=found.sizes,
         bad_count=len(found.bad),
@@ -149,8 +156,19 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
         val=settings.val or str(_DEFAULT_FRACTION),
         records=found.records,
     )
-    sheet.fingerprint = _fingerprint(sheet, found.bytes)
+    for split, count in sheet.counts.items():
+        if not count:
+            raise UserError(f"SOURCE {source}: no picture is left to {_PURPOSES[split]}; add some, or change --val.")
+    sheet.fingerprint = _fingerprint(sheet, found.hashes)
     return sheet
+
+
+def refuse_flip(flip: bool, sheet: Sheet) -> None:
+    """Raise UserError if mirror images would be wrong: a caption may say left or right."""
+    if flip and (sheet.captions or sheet.source in VARIATIONS):
+        raise UserError(
+            f"--flip: the pictures of {sheet.source} have captions, wrong for a mirror image; leave it out."
+        )
 
 
 def summary(sheet: Sheet) -> str:
@@ -172,7 +190,7 @@ class _Found(NamedTuple):
     channels: int
     sizes: dict[str, int]
     bad: list[dict[str, str]]
-    bytes: list[int]
+    hashes: list[str]
     root: str = ""
     val_root: str | None = None
 
@@ -188,6 +206,8 @@ def _read_shapes(source: str, seed: int, fraction: float) -> _Found:
 def _read_folder(root: Path, settings: DataSettings) -> _Found:
     fraction = fraction_of(settings.val) or _DEFAULT_FRACTION
     val_root = Path(settings.val) if settings.val and fraction_of(settings.val) is None else None
+    if val_root and val_root.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--val {val_root} lies inside SOURCE {root}, so it would be trained on; move it outside.")
     train = _check(root, list_pictures(root))
     val = _check(val_root, list_pictures(val_root)) if val_root else []
     good, bad = [c for c in train + val if not c.fault], [c for c in train + val if c.fault]
@@ -207,7 +227,7 @@ def _read_folder(root: Path, settings: DataSettings) -> _Found:
         channels=1 if all(c.grey for c in good) else 3,
         sizes=dict(Counter(f"{c.size[1]}x{c.size[0]}" for c in good).most_common(20)),
         bad=[{"file": c.entry.file, "reason": c.fault} for c in bad],
-        bytes=[c.bytes for c in good],
+        hashes=[c.hash for c in good],
         root=str(root.resolve()),
         val_root=str(val_root.resolve()) if val_root else None,
     )
@@ -220,18 +240,19 @@ class _Checked(NamedTuple):
     fault: str = ""
     size: tuple[int, int] = (0, 0)
     grey: bool = True
-    bytes: int = 0
+    hash: str = ""
 
 
 def _check(root: Path, entries: list[Entry]) -> list[_Checked]:
     """Decode every file once: only that finds the truncated ones before step 40,000 does."""
 
     def check(entry: Entry) -> _Checked:
+        file = root / entry.file
         try:
-            picture = load_image(root / entry.file, channels=3, draft_size=512)
+            picture = load_image(file, channels=3, draft_size=512)
         except UnreadableImage as error:
             return _Checked(entry, fault=str(error))
-        return _Checked(entry, "", picture.size, _is_grey(picture), (root / entry.file).stat().st_size)
+        return _Checked(entry, "", header_size(file), _is_grey(picture), checkpoint.sha256(file))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(track(pool.map(check, entries), f"Reading {root}", len(entries), transient=True))
@@ -244,7 +265,7 @@ def _is_grey(picture: Image.Image) -> bool:
 
 def _held_out(names: list[str], fraction: float) -> list[bool]:
     """Which names are held out: by hash, so that a new file never moves an old one; at least one, never all."""
-    score = [int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "big") / 2**64 for n in names]
+    score = [int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest(), "big") / 2**64 for n in names]
     held = [s < fraction for s in score]
     if len(names) > 1 and sum(held) in (0, len(names)):
         lowest = score.index(min(score))
@@ -263,8 +284,9 @@ def _refuse_many_bad(root: Path, bad: list[_Checked], total: int, allow_bad: boo
 
 
 def _refuse_unknown_label(val_root: Path | None, val: list[_Checked], classes: list[str]) -> None:
+    known = set(classes)
     for checked in val:
-        if checked.entry.label and checked.entry.label not in classes:
+        if checked.entry.label and checked.entry.label not in known:
             raise UserError(
                 f"--val {val_root}: {checked.entry.file} has label {checked.entry.label!r}, which SOURCE does not have."
             )
@@ -289,8 +311,8 @@ def _shown(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _fingerprint(sheet: Sheet, sizes_in_bytes: list[int]) -> str:
-    """A hash of everything that decides what training sees."""
+def _fingerprint(sheet: Sheet, hashes: list[str]) -> str:
+    """A hash of everything that decides what training sees: content, labels, captions, split and preparation."""
     law = [sheet.source if sheet.source in VARIATIONS else "folder", sheet.seed if not sheet.root else 0]
-    law += [sheet.image_size, sheet.fit, sheet.channels, sizes_in_bytes, sheet.records, list(sheet.classes)]
+    law += [sheet.image_size, sheet.fit, sheet.channels, hashes, sheet.records, list(sheet.classes)]
     return hashlib.sha256(json.dumps(law).encode()).hexdigest()

@@ -8,6 +8,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn
 
+from calotype.checkpoint import write_text
+
 _PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
 
 
@@ -18,7 +20,7 @@ class Journal:
         self.file, self.accelerator = file, accelerator
         if accelerator.is_main_process and file.exists():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            file.write_text("".join(line + "\n" for line in kept))
+            write_text(file, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
         """Append one line, and tell the trackers."""
@@ -34,7 +36,9 @@ class ProgressLine:
     def __init__(self, name: str, enabled: bool):
         self.name, self.enabled = name, enabled
         self.terminal = sys.stdout.isatty()
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}", markup=False)
+        )
         self.task = self.bar.add_task(name, total=1.0, text="")
         self.last = 0.0
         if enabled and self.terminal:

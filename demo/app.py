@@ -28,7 +28,9 @@ QUEUE = {"max_size": 16, "api_open": False}
 
 def main(settings) -> None:
     """Serve the demo until Ctrl-C."""
-    folder = find_model(settings.model)
+    from calotype.pipeline.generate import find
+
+    folder = find(settings.model)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder goes in any case
     with tempfile.TemporaryDirectory(prefix="calotype-demo-") as temporary:
         app = build(folder, temporary)
@@ -37,32 +39,14 @@ def main(settings) -> None:
         app.block_thread()
 
 
-def find_model(path: Path) -> Path:
-    """The model folder that a model or run folder stands for."""
-    for folder in (path, path / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise UserError(
-        f"{path}: no model here (looked for model_index.json and pipeline/model_index.json); "
-        "give an exported model or a finished run, or export one with `calotype export`"
-    )
-
-
 def build(folder: Path, temporary: str):
     """The Gradio page for a model folder; the environment is set before Gradio reads it on import."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
-    from diffusers.utils import logging
-
     from calotype.demo import page
     from calotype.demo.studio import Studio
-    from calotype.device import choose_attention, device
-    from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+    from calotype.pipeline.generate import load
 
-    logging.disable_progress_bar()
-    pipe = LatentDiffusionPipeline.from_pretrained(folder).to(device())
-    choose_attention(pipe.unet)
-    choose_attention(pipe.vae)
-    return page.build(Studio(pipe), title_of(folder)).queue(**QUEUE)
+    return page.build(Studio(load(folder)), title_of(folder)).queue(**QUEUE)
 
 
 def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:

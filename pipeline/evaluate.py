@@ -10,7 +10,8 @@ from calotype.checkpoint import write_text
 from calotype.data import Pictures
 from calotype.images import normalize
 from calotype.metrics import psnr
-from calotype.pipeline.generate import load
+from calotype.pipeline.export import model_card
+from calotype.pipeline.generate import find, load
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.sheet import read_sheet
 
@@ -19,9 +20,10 @@ def main(settings) -> None:
     """Write RUN/metrics.json; every figure names its split, its n and how it was made."""
     sheet = read_sheet(settings.run / "data.json")
     held_out = Pictures(sheet, "val")
-    metrics = reconstruction(load(settings.run), held_out, settings.precision)
-    metrics |= diffusion_loss(settings.run)
+    pipe = load(settings.run)
+    metrics = reconstruction(pipe, held_out, settings.precision) | diffusion_loss(settings.run)
     write_text(settings.run / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(find(settings.run) / "README.md", model_card(pipe, settings.run))
     for name, entry in metrics.items():
         print(f"{name} {entry['value']:.4g}  (n = {entry['n']:,}; {entry['how']})")
 
@@ -50,7 +52,8 @@ def reconstruction(pipe: LatentDiffusionPipeline, pictures: Pictures, precision:
 
 def diffusion_loss(run: Path) -> dict:
     """The loss of the averaged weights on held-out latents, as the last validation found it."""
-    finished = json.loads((run / "stage2_diffusion" / "finished.json").read_text())
+    file = run / "stage2_diffusion" / "finished.json"
+    finished = json.loads(file.read_text()) if file.is_file() else {}
     if "loss[val]" not in finished:
         return {}
     how = f"averaged weights after {finished['steps']} steps, fixed noise and times"

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DModel, VQModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from calotype import __version__, device
+from calotype.autoencoder import load_autoencoder
 from calotype.checkpoint import publish, weights_hash
 from calotype.errors import UserError
 from calotype.images import image_grid
@@ -18,7 +19,8 @@ _SHEET = 48
 
 def main(settings) -> None:
     """Assemble RUN/stage1_vae/vae, RUN/stage2_diffusion/unet and its scheduler into the model folder."""
-    run, out = settings.run, settings.out or settings.run / "pipeline"
+    run, out = settings.run, (settings.out or settings.run / "pipeline").resolve()
+    _refuse_to_replace(out)
     pipe = assemble(run)
     temporary = out.parent / f".{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -29,17 +31,23 @@ def main(settings) -> None:
     print(f"Model: {out}")
 
 
+def _refuse_to_replace(out: Path) -> None:
+    """Only an older model, or nothing at all, may make way for a new one."""
+    if out.exists() and not ((out / "model_index.json").is_file() or (out.is_dir() and not any(out.iterdir()))):
+        raise UserError(f"--out {out} exists and is no model folder; give another.")
+
+
 def assemble(run: Path) -> LatentDiffusionPipeline:
     """The pipeline of a run's finished stages; raises UserError where a part is missing or does not belong."""
     vae_folder, stage2 = run / "stage1_vae" / "vae", run / "stage2_diffusion"
-    for part, command in ((vae_folder, "train-vae"), (stage2 / "unet", "train-diffusion")):
-        if not (part / "config.json").is_file():
-            raise UserError(f"--run {run}: {part} is not there; finish `calotype {command}` first.")
+    needed = {vae_folder / "config.json": "train-vae", stage2 / "finished.json": "train-diffusion"}
+    for file, command in needed.items():
+        if not file.is_file():
+            raise UserError(f"--run {run}: {file} is not there; finish `calotype {command}` first.")
     facts = json.loads((stage2 / "model.json").read_text())
     if facts["vae"] != weights_hash(vae_folder):
         raise UserError(f"--run {run}: the diffusion model was trained for another autoencoder than {vae_folder}.")
-    kind = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[AutoencoderKL.load_config(vae_folder)["_class_name"]]
-    vae = kind.from_pretrained(vae_folder, use_safetensors=True)
+    vae = load_autoencoder(vae_folder, "--run")
     unet = UNet2DModel.from_pretrained(stage2 / "unet", use_safetensors=True)
     for part in (vae, unet):
         part.register_to_config(_name_or_path="")  # diffusers would publish where on this machine they lay
@@ -75,7 +83,8 @@ def model_card(pipe: LatentDiffusionPipeline, run: Path) -> str:
         f"with latents of shape {'x'.join(map(str, pipe.latent_shape))}.",
         f"Trained on {counts['train']:,} pictures; {counts['val']:,} were held out." if counts else "",
         f"Classes: {', '.join(pipe.labels[:60])}{' …' if len(pipe.labels) > 60 else ''}." if pipe.labels else "",
-        f"By default a picture takes {pipe.default_steps} evaluations at guidance {pipe.default_guidance}.",
+        f"By default a picture takes {pipe.default_steps} steps at guidance {pipe.default_guidance}"
+        + (" (each evaluates the network with and without the label)." if pipe.default_guidance != 1 else "."),
     ]
     metrics = [
         f"| {name} | {entry['value']:.4g} | {entry['n']} |" for name, entry in _read(run / "metrics.json").items()

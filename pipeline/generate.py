@@ -56,18 +56,23 @@ def load(model: Path) -> LatentDiffusionPipeline:
 
 def draw(pipe: LatentDiffusionPipeline, labels: list[str | None], seed: int, settings) -> list[Image.Image]:
     """One batch of pictures; the first is drawn with `seed`."""
-    with device.autocast(settings.precision):
-        return pipe(
-            labels if pipe.labels else None,
-            len(labels),
-            seed=seed,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-        ).images
+    try:
+        with device.autocast(settings.precision):
+            return pipe(
+                labels if pipe.labels else None,
+                len(labels),
+                seed=seed,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+            ).images
+    except ValueError as error:  # the pipeline travels alone and knows no UserError
+        raise UserError(str(error)) from None
 
 
 def write_png(image: Image.Image, file: Path, facts: dict) -> None:
-    """Write a PNG that carries how it was made as text."""
+    """Write a PNG that carries how it was made as text; another's picture is never overwritten."""
+    if file.exists() and "calotype:model" not in Image.open(file).info:
+        raise UserError(f"--out: {file} is there already and not drawn by calotype; give another folder.")
     info = PngInfo()
     for name, value in facts.items():
         info.add_itxt(f"calotype:{name}", str(value))

@@ -1,6 +1,7 @@
 """`calotype encode`: every picture through the encoder once; stage 2 reads the result."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,23 +11,24 @@ from rich.progress import track
 from torch import Tensor
 
 from calotype import device
+from calotype.autoencoder import Vae, load_autoencoder
 from calotype.checkpoint import weights_hash, write_text
 from calotype.data import Pictures
 from calotype.errors import UserError
 from calotype.images import normalize
 from calotype.latents import VERSION, Index, write_shard
-from calotype.sheet import VARIATIONS, Sheet, open_sheet, summary
+from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage1_vae.config import EncodeSettings
 from calotype.stage1_vae.folding import ensure_quant_convs
-from calotype.stage1_vae.models import Vae, check_fits, latent_shape, load_vae
+from calotype.stage1_vae.models import check_fits, latent_shape
 
 
 def main(settings: EncodeSettings) -> None:
     """Encode train and held-out pictures; interrupted, it goes on with the first shard that is missing."""
-    vae = load_vae(settings.vae, "--vae").eval().to(device.device())
+    vae = load_autoencoder(settings.vae, "--vae").to(device.device())
     size = vae.config.sample_size
     sheet = open_sheet(settings.source, settings, settings.seed, settings.out, str(size))
-    _refuse_mirrored_words(settings, sheet)
+    refuse_flip(settings.flip, sheet)
     check_fits(vae, sheet.channels, tuple(sheet.image_size))
     settings.out.mkdir(parents=True, exist_ok=True)
     sheet.keep(Path(settings.source), settings.out)
@@ -34,13 +36,15 @@ def main(settings: EncodeSettings) -> None:
         ensure_quant_convs(vae)
     device.choose_attention(vae)
     belongs_to = _claim(settings, sheet)
+    shape = latent_shape(vae, tuple(sheet.image_size))
+    _refuse_full_disk(settings, sheet, shape)
     print(summary(sheet))
     shards = {split: _encode_split(vae, Pictures(sheet, split), split, settings) for split in ("train", "val")}
     Index(
         version=VERSION,
         fingerprint=belongs_to["fingerprint"],
         vae=belongs_to["vae"],
-        shape=list(latent_shape(vae, tuple(sheet.image_size))),
+        shape=list(shape),
         flip=settings.flip,
         classes=sheet.class_names,
         image_size=sheet.image_size,
@@ -61,7 +65,8 @@ def _claim(settings: EncodeSettings, sheet: Sheet) -> dict:
     }
     file = settings.out / "encoding.json"
     if settings.fresh:
-        for old in [*settings.out.glob("*.safetensors"), settings.out / "index.json", file]:
+        shards = [old for split in ("train", "val") for old in settings.out.glob(f"{split}-?????.safetensors")]
+        for old in [*shards, settings.out / "index.json", file]:
             old.unlink(missing_ok=True)
     if file.exists() and json.loads(file.read_text()) != belongs_to:
         raise UserError(
@@ -69,24 +74,16 @@ def _claim(settings: EncodeSettings, sheet: Sheet) -> dict:
             "give --fresh to replace them, or another --out."
         )
     write_text(file, json.dumps(belongs_to))
-    _refuse_full_disk(settings.out, sheet)
     return belongs_to
 
 
-def _refuse_full_disk(out: Path, sheet: Sheet) -> None:
-    pixels = sheet.image_size[0] * sheet.image_size[1] * sheet.channels
-    need = 2 * pixels * sum(sheet.counts.values())  # a generous bound: latents hold fewer numbers than pictures
-    free = shutil.disk_usage(out).free
-    if free < need / 8:
-        raise UserError(f"--out {out} has {free >> 20} MiB free and the cache may need {need >> 23} MiB; free some.")
-
-
-def _refuse_mirrored_words(settings: EncodeSettings, sheet: Sheet) -> None:
-    if settings.flip and (sheet.captions or sheet.source in VARIATIONS):
-        raise UserError(
-            "--flip: the pictures have captions, and a caption that says left or right is wrong for the mirror image; "
-            "leave the flag out."
-        )
+def _refuse_full_disk(settings: EncodeSettings, sheet: Sheet, shape: tuple[int, int, int]) -> None:
+    """Say before the work, not after it, that the cache will not fit."""
+    need = 4 * math.prod(shape) * (1 + settings.flip) * sum(sheet.counts.values())  # mean and deviation in fp16
+    there = sum(file.stat().st_size for file in settings.out.glob("*.safetensors"))
+    free = shutil.disk_usage(settings.out).free
+    if free < 1.1 * (need - there):
+        raise UserError(f"--out {settings.out} has {free >> 20} MiB free and the cache needs {need >> 20}; free some.")
 
 
 def _encode_split(vae: Vae, pictures: Pictures, split: str, settings: EncodeSettings) -> list[str]:
@@ -106,6 +103,7 @@ def _encode(vae: Vae, pictures: Pictures, numbers: range, settings: EncodeSettin
     found: list[dict[str, Tensor]] = []
     for i in range(numbers.start, numbers.stop, settings.batch_size):
         batch = torch.stack([pictures[j] for j in range(i, min(i + settings.batch_size, numbers.stop))])
+        pictures.refuse_gone()  # a neighbour in its place would bear the wrong label
         x = normalize(batch.to(device.device()))
         with torch.no_grad(), device.autocast(settings.precision):
             moments = posterior(vae, x)

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from calotype.stage1_vae.models import Vae
+from calotype.autoencoder import Vae
 
 
 class Statistics(NamedTuple):
@@ -24,7 +24,7 @@ class RunningStatistics:
 
     def add(self, mean: Tensor, variance: Tensor | float = 0.0) -> None:
         """Take in posterior means (B, c, h, w) and their variances."""
-        mean = mean.double()
+        mean = mean.cpu().double()  # some devices know no double precision
         self.count += mean.numel() // mean.shape[1]
         self.sum = self.sum + mean.sum((0, 2, 3))
         self.squares = self.squares + (mean**2 + variance).sum((0, 2, 3))

@@ -1,18 +1,17 @@
 """The autoencoder that is trained: a stock diffusers model and a regulariser in one forward."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from calotype.autoencoder import Vae, downsampling, load_autoencoder
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.regularizers import KL, Identity, VectorQuantization
 
-Vae = AutoencoderKL | VQModel
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
 
 
@@ -42,7 +41,7 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
     """A fresh autoencoder, or the one that --init names; raises UserError where it does not fit the pictures."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(settings.seed, "init"))
-        vae = load_vae(settings.init, "--init") if settings.init else _fresh(settings, channels, size)
+        vae = load_autoencoder(settings.init, "--init") if settings.init else _fresh(settings, channels, size)
     check_fits(vae, channels, size)
     if isinstance(vae, VQModel):
         return Autoencoder(vae, VectorQuantization(vae.quantize.embedding, settings.commitment))
@@ -56,23 +55,6 @@ def latent_shape(vae: Vae, size: tuple[int, int]) -> tuple[int, int, int]:
     factor = downsampling(vae)
     channels = vae.config.vq_embed_dim if isinstance(vae, VQModel) else vae.config.latent_channels
     return (channels or vae.config.latent_channels, size[0] // factor, size[1] // factor)
-
-
-def downsampling(vae: Vae) -> int:
-    """Picture side divided by latent side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def load_vae(folder: Path, flag: str) -> Vae:
-    """A saved `AutoencoderKL` or `VQModel`; raises UserError naming the flag."""
-    try:
-        kind = AutoencoderKL.load_config(folder).get("_class_name")
-        classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-        if kind not in classes:
-            raise UserError(f"{flag} {folder} holds a {kind}; give an AutoencoderKL or VQModel.")
-        return classes[kind].from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder} is not a saved autoencoder ({str(error).splitlines()[0]}).") from None
 
 
 def check_fits(vae: Vae, channels: int, size: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ from calotype.data import Batch, PictureBatches, Pictures, evenly_spaced, micro_
 from calotype.images import denormalize, image_grid, normalize
 from calotype.metrics import psnr
 from calotype.randomness import key, normal
-from calotype.sheet import Sheet, open_sheet, summary
+from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage1_vae import folding, models
 from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.losses import RECONSTRUCTION
@@ -76,7 +76,8 @@ class VaeStage:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a batch, and its terms: reconstruction + weight * penalty."""
         x = normalize(batch.x)
-        eps = normal(self.settings.seed, "posterior", batch.start, len(x), self.latent_shape).to(x)
+        eps = normal(self.settings.seed, "posterior", batch.start, len(x), self.latent_shape)
+        eps = eps.to(x.device, non_blocking=True)
         out = self.wrapped(x, eps)
         reconstruction = self.reconstruction(out.x_hat, x).mean()
         penalty = out.penalty.mean()
@@ -126,7 +127,7 @@ class VaeStage:
                 running.add(self.model.regularizer(h, h)[0])
             else:
                 mean, logvar = h.chunk(2, dim=1)
-                running.add(mean, logvar.clamp(-30, 20).double().exp())
+                running.add(mean, logvar.clamp(-30, 20).cpu().double().exp())
         return running.result()
 
     def _reconstruct(self, x: Tensor) -> Tensor:
@@ -143,8 +144,8 @@ class VaeStage:
         """Begin VQ from codes of real pictures; a resumed run overwrites them."""
         if isinstance(self.model.vae, VQModel) and not self.settings.init:
             numbers = evenly_spaced(len(self.pictures), 256)
-            x = normalize(torch.stack([self.pictures[i] for i in numbers]))
-            h = self.model.vae.quant_conv(self.model.vae.encoder(x))
+            parts = (torch.stack([self.pictures[i] for i in part]) for part in _chunks(numbers, 16))
+            h = torch.cat([self.model.vae.quant_conv(self.model.vae.encoder(normalize(x))) for x in parts])
             generator = torch.Generator().manual_seed(key(self.settings.seed, "codebook"))
             self.model.regularizer.start_from(h, generator)
 
@@ -152,10 +153,9 @@ class VaeStage:
 def main(settings: VaeSettings) -> None:
     """`calotype train-vae`."""
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
-    if settings.trackers:
-        accelerator.init_trackers("calotype")
     size = PRESET_IMAGE_SIZE[settings.preset]
     sheet = open_sheet(settings.source, settings, settings.seed, settings.out, size)
+    refuse_flip(settings.flip, sheet)
     accelerator.print(summary(sheet))
     stage = VaeStage(settings, sheet, accelerator)
     if accelerator.is_main_process:

@@ -10,5 +10,5 @@ def drop_labels(y: Tensor, null: int, probability: float, seed: int, start: int)
 
     Unlabelled pictures (-1) always count as the null class.
     """
-    hidden = uniform(seed, "label dropout", start, len(y)).to(y.device) < probability
-    return y.masked_fill(hidden | (y < 0), null)
+    hidden = uniform(seed, "label dropout", start, len(y)) < probability
+    return y.masked_fill(hidden.to(y.device, non_blocking=True) | (y < 0), null)

@@ -25,7 +25,7 @@ class DiffusionSettings(TrainSettings):
     vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
     init: Maybe[Path] = Field(None, description="go on from the UNet of this run")
     width: int = Field(64, ge=8, description="channels of the first level")
-    depth: int = Field(2, ge=1, le=5, description="levels, each half as large as the one before")
+    depth: int = Field(2, ge=1, le=5, description="levels at most, each half as large as the one before")
     layers: int = Field(1, ge=1, description="residual blocks a level")
     attention: bool = Field(False, description="self-attention below the first level")
     objective: Literal["flow", "v", "epsilon"] = Field("flow", description="what the network learns to predict")

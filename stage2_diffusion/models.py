@@ -17,17 +17,17 @@ def build(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int
     """A UNet for latents of shape (c, h, w); class id `classes` is the null class. `classes` 0: unconditional."""
     if settings.init:
         return _load(settings.init, shape, classes)
-    _refuse_odd_levels(settings, shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(settings.seed, "init"))
         return UNet2DModel(**_config(settings, shape, classes))
 
 
 def _config(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int) -> dict:
-    attention = [settings.attention and level > 0 for level in range(settings.depth)]
-    widths = tuple(settings.width * m for m in _MULTIPLIERS[: settings.depth])
+    depth = _depth(settings, shape)
+    attention = [settings.attention and level > 0 for level in range(depth)]
+    widths = tuple(settings.width * m for m in _MULTIPLIERS[:depth])
     return dict(
-        sample_size=shape[1] if shape[1] == shape[2] else shape[1:],
+        sample_size=_sample_size(shape),
         in_channels=shape[0],
         out_channels=shape[0],
         block_out_channels=widths,
@@ -41,14 +41,10 @@ def _config(settings: DiffusionSettings, shape: tuple[int, int, int], classes: i
     )
 
 
-def _refuse_odd_levels(settings: DiffusionSettings, shape: tuple[int, int, int]) -> None:
-    divisor = 2 ** (settings.depth - 1)
-    if shape[1] % divisor or shape[2] % divisor:
-        deepest = math.gcd(*shape[1:])
-        deepest = (deepest & -deepest).bit_length()  # one level more than 2 divides both sides
-        raise UserError(
-            f"--depth {settings.depth}: latents of {shape[1]}x{shape[2]} do not halve so often; try {deepest}."
-        )
+def _depth(settings: DiffusionSettings, shape: tuple[int, int, int]) -> int:
+    """As many levels as were asked for and as both sides can be halved."""
+    side = math.gcd(*shape[1:])
+    return min(settings.depth, (side & -side).bit_length())
 
 
 def _load(run: Path, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
@@ -65,4 +61,12 @@ def _load(run: Path, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
             f"--init {run} is for {has[0]} latent channels and {has[1]} classes, the cache has {shape[0]} and "
             f"{classes}; give the UNet of a run on such latents."
         )
+    divisor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if shape[1] % divisor or shape[2] % divisor:
+        raise UserError(f"--init {run}: its levels do not divide latents of {shape[1]}x{shape[2]}; give another UNet.")
+    unet.register_to_config(sample_size=_sample_size(shape))
     return unet
+
+
+def _sample_size(shape: tuple[int, int, int]) -> int | list[int]:
+    return shape[1] if shape[1] == shape[2] else list(shape[1:])

@@ -1,7 +1,7 @@
 """What the network learns to predict, and the scheduler that draws with it afterwards.
 
-An objective maps clean latents z (B, c, h, w), noise eps of the same shape and uniform numbers u (B,) to a loss for
-each example. It owns its scheduler: what it trains with is what is exported.
+An objective maps clean latents z (B, c, h, w), noise eps of the same shape and uniform numbers u (B,) on the CPU
+to a loss for each example. It owns its scheduler: what it trains with is what is exported.
 """
 
 from typing import Protocol
@@ -32,7 +32,7 @@ class FlowMatching:
 
     def __call__(self, unet: nn.Module, z: Tensor, y: Tensor | None, eps: Tensor, u: Tensor) -> Tensor:
         """Losses (B,); the network is called with t = 1000 s."""
-        s = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
+        s = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid().to(z.device, non_blocking=True)
         weight = s[:, None, None, None]
         v = unet((1 - weight) * z + weight * eps, _TIMES * s, class_labels=y).sample
         return (v - (eps - z)).square().flatten(1).mean(1)
@@ -57,7 +57,8 @@ class Diffusion:
     def __call__(self, unet: nn.Module, z: Tensor, y: Tensor | None, eps: Tensor, u: Tensor) -> Tensor:
         """Losses (B,); t = floor(1000 u)."""
         t = (u * _TIMES).long().clamp_max(_TIMES - 1)
-        alpha_bar = self.alphas_cumprod.to(z)[t][:, None, None, None]
+        alpha_bar = self.alphas_cumprod[t].to(z.device, non_blocking=True)[:, None, None, None]
+        t = t.to(z.device, non_blocking=True)
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         target = eps if self.prediction == "epsilon" else alpha * eps - sigma * z
         prediction = unet(alpha * z + sigma * eps, t, class_labels=y).sample

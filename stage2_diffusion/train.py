@@ -72,8 +72,8 @@ class DiffusionStage:
     def losses(self, unet: torch.nn.Module, batch: Batch, label_dropout: float, purpose: str) -> Tensor:
         """The objective (B,) with noise, time and hidden labels that follow from the positions."""
         seed, z, start = self.settings.seed, batch.x, batch.start
-        eps = normal(seed, f"{purpose} noise", start, len(z), tuple(z.shape[1:])).to(z)
-        u = uniform(seed, f"{purpose} time", start, len(z)).to(z)
+        eps = normal(seed, f"{purpose} noise", start, len(z), tuple(z.shape[1:])).to(z.device, non_blocking=True)
+        u = uniform(seed, f"{purpose} time", start, len(z))
         y = None
         if self.class_names:
             y = drop_labels(batch.label, len(self.class_names), label_dropout, seed, start)
@@ -137,7 +137,7 @@ class DiffusionStage:
 
 def sheet_labels(class_names: list[str], count: int) -> list[int] | None:
     """Labels of a sample sheet: a column a class while they fit, else spread over all classes."""
-    if len(class_names) >= count:
+    if len(class_names) > _SHEET_COLUMNS:
         return [i * len(class_names) // count for i in range(count)]
     return [i % _SHEET_COLUMNS % len(class_names) for i in range(count)] if class_names else None
 
@@ -164,8 +164,6 @@ def find_autoencoder(settings: DiffusionSettings, expected: str) -> Path:
 def main(settings: DiffusionSettings) -> None:
     """`calotype train-diffusion`."""
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
-    if settings.trackers:
-        accelerator.init_trackers("calotype")
     cache = LatentCache(settings.latents, "train")
     vae_folder = find_autoencoder(settings, cache.index.vae)
     accelerator.print(f"{len(cache):,} latents of shape {'x'.join(map(str, cache.index.shape))}.")

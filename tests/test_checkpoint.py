@@ -109,3 +109,20 @@ def test_no_pickle_is_written(tmp_path):
     folder = save(tmp_path, 5)
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".json", ".safetensors"]
     assert set(json.loads((folder / "manifest.json").read_text())) == {"model.safetensors", "state.json"}
+
+
+def test_a_damaged_newer_one_does_not_push_out_a_good_one(tmp_path):
+    save(tmp_path, 7, keep=1)
+    bad = save(tmp_path, 10, keep=2)
+    (bad / "model.safetensors").write_bytes(b"")
+    save(tmp_path, 8, keep=1)
+    assert checkpoint.load(tmp_path)[1]["step"] == 8
+
+
+def test_the_same_step_is_not_written_twice(tmp_path):
+    first = save(tmp_path, 5)
+    inode = first.stat().st_ino
+    assert save(tmp_path, 5) == first and first.stat().st_ino == inode
+    (first / "model.safetensors").write_bytes(b"")
+    save(tmp_path, 5)
+    assert checkpoint.verify(first) is None

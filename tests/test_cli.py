@@ -81,6 +81,9 @@ def test_settings_files(capsys, tmp_path):
     assert "batch_sze" in message and "batch_size" in message and str(file) in message
     file.write_text(json.dumps({"batch_size": "many"}))
     assert "--batch-size many" in refused(capsys, "train-vae", *base)
+    for content in ("5", "[1]"):
+        file.write_text(content)
+        assert "holds no settings" in refused(capsys, "train-vae", *base)
     file.write_text("{")
     assert "not JSON" in refused(capsys, "train-vae", *base)
     assert "cannot be read" in refused(capsys, "train-vae", "shapes", "--out", "x", "--config", tmp_path / "none.json")
@@ -106,3 +109,49 @@ def test_presets_move_width_rate_and_length_together():
         for name, sign in (("width", 1), ("length", 1), ("lr", -1)):
             values = [sign * getattr(settings, name) for settings in found]
             assert values == sorted(values) and len(set(values)) == 4
+
+
+def test_what_is_said_once_is_not_written_down(tmp_path):
+    from calotype.config import parse
+    from calotype.stage1_vae.config import VaeSettings
+
+    settings = parse(VaeSettings, ["shapes", "--out", "x", "--fresh"], "train-vae")
+    assert settings.fresh and "fresh" not in settings.to_json()
+    file = tmp_path / "config.json"
+    file.write_text('{"fresh": true}')
+    assert not parse(VaeSettings, ["shapes", "--out", "x", "--config", str(file)], "train-vae").fresh
+
+
+def test_a_preset_on_the_command_line_wins_over_the_file(tmp_path):
+    from calotype.config import parse
+    from calotype.stage1_vae.config import VaeSettings
+
+    base = ["shapes", "--out", "x", "--preset"]
+    tiny, large = (parse(VaeSettings, [*base, preset], "train-vae") for preset in ("tiny", "large"))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny.to_json() | {"seed": 9}))
+    found = parse(VaeSettings, [*base, "large", "--config", str(file)], "train-vae")
+    assert found.to_json() == large.to_json() | {"seed": 9}
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys):
+    file = tmp_path / "a file"
+    file.write_text("mine")
+    assert str(file) in refused(capsys, "run", "shapes", "--out", file)
+    assert str(file) in refused(capsys, "data", "shapes", "--out", file / "x")
+    assert file.read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    import errno
+
+    for error in (OSError(errno.ENOSPC, "No space left on device", "x/y"), RuntimeError("I/O error: os error 28")):
+
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "run", full)
+        assert "no space left" in refused(capsys, "data")
+    monkeypatch.setattr(cli, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # our own faults are not dressed up
+        cli.main(["data"])

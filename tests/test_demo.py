@@ -16,6 +16,7 @@ from PIL import Image
 
 from calotype.demo import app
 from calotype.errors import UserError
+from calotype.pipeline.generate import find
 
 gradio_client = pytest.importorskip("gradio_client", reason="the demo's server is NOT tested: gradio_client is missing")
 
@@ -84,7 +85,7 @@ def server(run, strangers, tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
             environment.setenv(name, "")  # so that what build() sets is undone
-        blocks = app.build(app.find_model(run), str(temporary))
+        blocks = app.build(find(run), str(temporary))
         url = app.serve(blocks, "127.0.0.1", None)
         assert strangers == []
         downloads = str(tmp_path_factory.mktemp("downloads"))
@@ -280,10 +281,10 @@ def test_psnr():
 
 
 def test_model_is_found_in_a_run_or_by_itself(run, tmp_path):
-    assert app.find_model(run) == app.find_model(run / "pipeline") == run / "pipeline"
+    assert find(run) == find(run / "pipeline") == run / "pipeline"
     assert app.title_of(run / "pipeline") == "prints"
-    with pytest.raises(UserError, match="no model here"):
-        app.find_model(tmp_path)
+    with pytest.raises(UserError, match="holds no model"):
+        find(tmp_path)
 
 
 def test_port_in_use_is_a_user_error(server, studio):

@@ -175,3 +175,37 @@ def test_one_run_at_a_time_in_a_folder(finished, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_a_way_out(finished, tmp_path, capsys):
     assert cli.main(flags(finished, tmp_path / "run", "--lr", "1e12", "--clip", "1e30")) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_the_last_steps_are_read_too(finished, tmp_path, monkeypatch, capsys):
+    """A loss that is not finite in the last, incomplete window must not be saved or exported."""
+    from calotype.stage1_vae.train import VaeStage
+
+    step = VaeStage.step
+
+    def broken(stage, batch, number):
+        values = step(stage, batch, number)
+        return values | {"loss": values["loss"] * float("nan")} if number == 11 else values
+
+    words = flags(finished, tmp_path / "run", "--checkpoint-every", "4", "--log-every", "10")
+    monkeypatch.setattr(VaeStage, "step", broken)
+    assert cli.main(words) == 2
+    assert "not finite at step 12" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path / "run/checkpoints")[-1].name == "step-00000008"
+    assert not (tmp_path / "run/vae").exists() and not (tmp_path / "run/finished.json").exists()
+    monkeypatch.setattr(VaeStage, "step", step)
+    assert cli.main(words) == 0
+    assert max(losses(tmp_path / "run")) == 12
+
+
+def test_a_repeated_sigterm_changes_nothing_and_a_later_ctrl_c_ends_it(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with loop.Interruption() as interruption:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as a launcher and a terminal send them
+            os.kill(os.getpid(), number)
+        assert interruption.exit_code == 143
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)

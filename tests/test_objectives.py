@@ -139,6 +139,25 @@ def test_the_loss_reaches_every_parameter_of_the_unet(name):
     assert still == []
 
 
+@pytest.mark.parametrize("fault", ["detach", "no_grad"])
+def test_a_planted_fault_is_seen(fault):
+    """What the test above would miss if it could not fail."""
+    model = unet()
+    inner = model.conv_in.forward
+
+    def broken(x):
+        if fault == "detach":
+            return inner(x).detach()
+        with torch.no_grad():
+            return inner(x)
+
+    model.conv_in.forward = broken
+    z, eps, u = (x[:8] for x in example())
+    z, eps = torch.nn.functional.pad(z, (0, 1, 0, 1)), torch.nn.functional.pad(eps, (0, 1, 0, 1))
+    FlowMatching()(model, z, torch.arange(8) % 5, eps, u).mean().backward()
+    assert model.conv_in.weight.grad is None
+
+
 def test_only_the_labels_seen_are_learnt():
     model = unet()
     z, eps, u = (x[:2] for x in example())

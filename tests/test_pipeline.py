@@ -59,6 +59,8 @@ def test_the_model_folder_holds_stock_parts_only(finished):
     assert {library for library, _ in parts.values()} == {"diffusers"} and set(parts) == {"vae", "unet", "scheduler"}
     suffixes = {file.suffix for file in (finished / "pipeline").rglob("*") if file.is_file()}
     assert suffixes == {".json", ".safetensors", ".py", ".md", ".png"}
+    card = (finished / "pipeline/README.md").read_text()
+    assert "| psnr[val] |" in card
     texts = [f.read_text() for f in (finished / "pipeline").rglob("*") if f.suffix in {".json", ".md", ".py"}]
     assert not any(str(finished) in text for text in texts)  # no path of this machine is published
 
@@ -195,6 +197,13 @@ def test_generate_refuses_with_one_line(finished, tmp_path, capsys):
     assert generate(tmp_path, tmp_path / "x") == 2
     assert f"MODEL {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    assert generate(finished, tmp_path / "x", "-n", 2, "--seed", 2**63 - 2) == 2
+    assert "seed=" in capsys.readouterr().err
+    theirs = tmp_path / "y" / "00000000.png"
+    theirs.parent.mkdir()
+    Image.new("L", (3, 3)).save(theirs)
+    assert generate(finished, theirs.parent, "red", "-n", 1) == 2
+    assert Image.open(theirs).size == (3, 3)
 
 
 def test_export_refuses_parts_that_do_not_belong_together(finished, tmp_path, capsys):
@@ -203,7 +212,7 @@ def test_export_refuses_parts_that_do_not_belong_together(finished, tmp_path, ca
     config.write_text(config.read_text().replace('"force_upcast": false', '"force_upcast": true'))
     assert cli.main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 2
     assert "another autoencoder" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "run/stage2_diffusion/unet")
+    (tmp_path / "run/stage2_diffusion/finished.json").unlink()
     assert cli.main(["export", "--run", str(tmp_path / "run")]) == 2
     assert "finish `calotype train-diffusion` first" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()

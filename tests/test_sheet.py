@@ -74,7 +74,8 @@ def test_debris_is_no_class_and_links_count_once(tmp_path, root):
     os.link(file, root / "a/same.png")
     (root / "a/loop").symlink_to(root, target_is_directory=True)
     (root / "a/notes.txt").write_text("no picture")
-    assert labels(sheet(tmp_path, root)) == {"a/1.png": "a"}
+    picture(root / "a/2.png", (9, 9, 9))
+    assert labels(sheet(tmp_path, root)) == {"a/1.png": "a", "a/2.png": "a"}
 
 
 def test_order_follows_the_names_alone(tmp_path, root):
@@ -164,8 +165,11 @@ def test_fingerprint_follows_content_labels_and_preparation(tmp_path, root):
     picture(root / "a/1.png"), picture(root / "b/2.png")
     first = sheet(tmp_path, root).fingerprint
     assert sheet(tmp_path, root, "--fit", "pad").fingerprint != first
-    picture(root / "a/1.png", size=(30, 30))
-    assert sheet(tmp_path, root).fingerprint != first
+    size = (root / "a/1.bmp", (1, 2, 3))
+    picture(*size)
+    with_bmp = sheet(tmp_path, root).fingerprint
+    picture(root / "a/1.bmp", (3, 2, 1))  # as many bytes, other pixels
+    assert len({first, with_bmp, sheet(tmp_path, root).fingerprint}) == 3
 
 
 def test_a_changed_manifest_is_noticed(tmp_path, root, capsys):
@@ -194,10 +198,10 @@ def test_a_file_that_goes_bad_is_replaced_and_named_once(tmp_path, root, capsys)
     (root / pictures.records[0].file).write_bytes(b"")
     capsys.readouterr()
     assert int(pictures[0].max()) == int(pictures[1].max())
-    assert capsys.readouterr().out.count("Left out") == 1
+    assert capsys.readouterr().out.count("Replaced") == 1
     pictures._kept.clear()
     pictures[0]
-    assert "Left out" not in capsys.readouterr().out
+    assert "Replaced" not in capsys.readouterr().out
 
 
 def test_shapes_are_balanced_and_split(tmp_path):
@@ -205,3 +209,42 @@ def test_shapes_are_balanced_and_split(tmp_path):
     assert len(found.classes) == 48 and set(found.classes.values()) == {250}
     assert 450 < found.counts["val"] < 750 and found.channels == 3
     assert found.records[0].text.startswith("a ")
+
+
+def test_numbers_are_labels_too(tmp_path, root):
+    for i in range(4):
+        picture(root / f"{i}.png")
+    (root / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{i}.png", "label": i % 2}) + "\n" for i in range(4))
+    )
+    assert sheet(tmp_path, root).classes == {"0": 2, "1": 2}
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path, root, capsys):
+    picture(root / "1.png")
+    (root / "metadata.csv").write_bytes("file_name,label\n1.png,Käse\n".encode("latin-1"))
+    sheet(tmp_path, root, code=2)
+    assert "metadata.csv" in (message := capsys.readouterr().err) and "UTF-8" in message
+
+
+def test_nothing_left_to_train_on_or_to_hold_out(tmp_path, root, capsys):
+    picture(root / "1.png")
+    sheet(tmp_path, root, code=2)
+    assert "no picture is left to hold out" in capsys.readouterr().err
+    picture(root / "2.png"), picture(root / "val/1.png")
+    sheet(tmp_path, root, "--val", root / "val", code=2)
+    assert "lies inside SOURCE" in capsys.readouterr().err
+    sheet(tmp_path, "shapes", "--val", root, code=2)
+    assert "shapes has no folders" in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_files(tmp_path, root):
+    picture(root / "1.jpg", size=(2000, 1500)), picture(root / "2.png")
+    assert sheet(tmp_path, root).sizes == {"1500x2000": 1, "8x12": 1}
+
+
+def test_another_seed_is_not_passed_over(tmp_path, capsys):
+    words = ["data", "shapes", "--image-size", "16", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--seed", "5"]) == 2
+    assert "--seed 0" in capsys.readouterr().err

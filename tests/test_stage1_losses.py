@@ -67,7 +67,9 @@ def test_a_planted_fault_is_seen(regularizer, fault):
             return inner(h, eps)
 
     model.regularizer.forward = broken
-    assert reached(mse(model(x, eps).x_hat, x).mean(), model) == DECODER
+    out = model(x, eps)
+    assert reached(mse(out.x_hat, x).mean(), model) == DECODER
+    assert out.penalty.requires_grad == (fault == "detach")
 
 
 def test_commitment_and_codebook_terms_pull_their_own_side():

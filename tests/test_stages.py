@@ -62,9 +62,26 @@ def test_training_goes_on_from_a_trained_unet(finished, tmp_path, capsys):
     assert f"--init {tmp_path}" in capsys.readouterr().err
 
 
-def test_too_many_levels_are_refused(finished, tmp_path, capsys):
-    assert cli.main(diffusion(finished, tmp_path / "s2", "--depth", "5")) == 2
-    assert "--depth 5" in capsys.readouterr().err and not (tmp_path / "s2").exists()
+def test_there_are_no_more_levels_than_the_latents_can_be_halved(finished, tmp_path):
+    from calotype.stage2_diffusion import models
+    from calotype.stage2_diffusion.config import DiffusionSettings
+
+    settings = DiffusionSettings(out="", latents="", depth=5, width=16)
+    depths = {(8, 8): 4, (7, 7): 1, (12, 8): 3, (6, 12): 2}
+    for side, depth in depths.items():
+        unet = models.build(settings, (2, *side), 3)
+        assert len(unet.config.block_out_channels) == depth
+        assert unet(torch.zeros(1, 2, *side), 0, class_labels=torch.tensor([0])).sample.shape == (1, 2, *side)
+
+
+def test_a_unet_that_goes_on_takes_the_size_of_the_new_latents(finished, tmp_path):
+    from calotype.stage2_diffusion import models
+    from calotype.stage2_diffusion.config import DiffusionSettings
+
+    settings = DiffusionSettings(out="", latents="", init=finished)
+    assert models.build(settings, (4, 16, 12), 8).config.sample_size == [16, 12]
+    with pytest.raises(ValueError, match="--init .* do not divide latents of 7x7"):
+        models.build(settings, (4, 7, 7), 8)
 
 
 @pytest.mark.parametrize("regularizer, log_variance", [("none", -30.0), ("kl", 2 * np.log(0.2))])
@@ -79,6 +96,11 @@ def test_the_saved_encoder_reports_the_variance_it_was_trained_with(finished, tm
     scale = parts["vae"]["quant_conv.weight"][:4] / weights["quant_conv.weight"][:4]
     expected = log_variance - 2 * scale.flatten(1).median(1).values.log()
     torch.testing.assert_close(folded, expected.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_tracker_that_is_not_there_is_named(finished, tmp_path, capsys):
+    assert cli.main(diffusion(finished, tmp_path / "s2", "--trackers", "wandbb")) == 2
+    assert "--trackers wandbb" in capsys.readouterr().err and not (tmp_path / "s2").exists()
 
 
 def test_trackers_of_accelerate_are_told(finished, tmp_path):
