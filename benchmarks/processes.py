@@ -33,7 +33,7 @@ def main() -> int:
     rows = [compare(stage, args) for stage in prepare(args)]
     print(f"{'stage':16} {'first gradient':>15} {'worst loss':>12} {'parameters':>12} {'ranks equal':>12}")
     for row in rows:
-        print("{stage:16} {gradient:>15.2e} {loss:>12.2e} {parameters:>12.2e} {ranks_equal:>12}".format(**row))
+        print("{stage:16} {gradient:>15.2e} {loss:>12.2e} {parameters:>12.2e} {ranks_equal!s:>12}".format(**row))
     print("goal             <=        1e-05 <=     1e-05                      True")
     print(json.dumps({"optimizer": args.optimizer, "steps": args.steps, "rows": rows}))
     return int(any(row["gradient"] > 1e-5 or row["loss"] > 1e-5 or not row["ranks_equal"] for row in rows))

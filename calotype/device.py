@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.models.attention_processor import AttnProcessor
 
 from calotype.errors import UserError
@@ -24,7 +23,6 @@ def accelerator(precision: str, *, trackers: tuple[str, ...] = (), folder=None) 
         mixed_precision="bf16" if resolve_precision(precision) == torch.bfloat16 else "no",
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
