@@ -2,9 +2,9 @@
 
     python -m benchmarks.kill_resume --kills 20 --out /tmp/kills
 
-Each trial forks a training process, kills it at a random instant (checkpoints are written after every second step, so
-that many instants lie inside a save), repeats the command, and compares every file of the last checkpoint and of the
-exported weights with the reference.
+Each trial forks a training process, kills it at a random instant (every second time a random moment after a checkpoint
+began to be written), repeats the command, and compares every file of the last checkpoint and of the exported weights
+with the reference.
 """
 
 import argparse
@@ -74,16 +74,26 @@ def trials(work: Work, stage: str, kills: int, instants: random.Random) -> dict:
     for trial in range(kills):
         out = work.out / f"{stage}-{trial:03d}"
         child = fork(work.flags(stage, out))
-        time.sleep(instants.uniform(0.05, 1.0) * work.seconds[stage])
+        checkpoints = out / "checkpoints"
+        time.sleep(instants.uniform(0.05, 0.9) * work.seconds[stage])
+        if trial % 2:
+            wait_for_a_save(checkpoints, instants.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        checkpoints = out / "checkpoints"
         row["in_save"] += bool(list(checkpoints.glob(".step-*")))
         row["bad"] += sum(checkpoint.verify(folder) is not None for folder in checkpoint.steps(checkpoints))
         undisturbed(work.flags(stage, out))
         row["same"] += fingerprint(out) == work.expected[stage]
         shutil.rmtree(out)
     return row
+
+
+def wait_for_a_save(checkpoints: Path, more: float, patience: float = 2.0) -> None:
+    """Return `more` seconds after a half-written checkpoint came into sight, or when patience ends."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end and not list(checkpoints.glob(".step-*")):
+        pass
+    time.sleep(more)
 
 
 def fork(argv: list[str]) -> int:
