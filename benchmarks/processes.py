@@ -104,11 +104,11 @@ def work(argv: list[str], out: Path, steps: int) -> int:
     loop.update = watched
     losses, trace = [], []
     batches = stage.batches(0)
-    model = next(iter(stage.models.values()))
     for step in range(steps):
         losses.append(stage.step(next(batches), step)["loss"].double())
-        trace.append(torch.cat([p.detach().flatten().view(torch.int32) for p in model.parameters()]).long().sum())
-    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+        state = [value for module in stage.models.values() for value in module.state_dict().values()]
+        trace.append(torch.cat([value.flatten().view(torch.int32) for value in state]).long().sum())
+    parameters = torch.cat([value.flatten() for value in state])
     found = {
         "gradient": gradients[0],
         "losses": torch.stack(losses),

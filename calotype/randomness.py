@@ -29,9 +29,10 @@ def _words(seed: int, purpose: str, start: int, count: int, each: int) -> np.nda
     return bits.random_raw(count * blocks * _WORDS_PER_BLOCK).reshape(count, -1)[:, :each]
 
 
-def uniform(seed: int, purpose: str, start: int, count: int) -> torch.Tensor:
-    """Uniform numbers (count,) in [0, 1) in float32, one for each position from `start` on."""
-    return torch.from_numpy((_words(seed, purpose, start, count, 1)[:, 0] >> 40).astype(np.float32) / 2**24)
+def uniform(seed: int, purpose: str, start: int, count: int, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Uniform numbers (count, *shape) in [0, 1) in float32, a block for each position from `start` on."""
+    words = _words(seed, purpose, start, count, int(np.prod(shape)))
+    return torch.from_numpy((words >> 40).astype(np.float32) / 2**24).reshape(count, *shape)
 
 
 def normal(seed: int, purpose: str, start: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The autoencoder that is trained: a stock diffusers model and a regulariser in one forward."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from calotype.autoencoder import Vae, downsampling, load_autoencoder
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.stage1_vae.config import VaeSettings
-from calotype.stage1_vae.regularizers import KL, Identity, VectorQuantization
+from calotype.stage1_vae.regularizers import KL, FiniteScalar, Identity, VectorQuantization
 
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
 
@@ -32,9 +33,17 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor, eps: Tensor) -> Reconstruction:
         """Pictures x (B, C, H, W) in [-1, 1] and noise eps (B, c, h, w) for the posterior."""
-        h = self.vae.quant_conv(self.vae.encoder(x)).float()
+        h = self.encode(x)
         z, penalty = self.regularizer(h, eps)
-        return Reconstruction(self.vae.decoder(self.vae.post_quant_conv(z)), z, penalty)
+        return Reconstruction(self.decode(z), z, penalty)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """What the regulariser takes: mean and log-variance (B, 2c, h, w), or unquantised latents (B, c, h, w)."""
+        return self.vae.quant_conv(self.vae.encoder(x)).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) of latents (B, c, h, w)."""
+        return self.vae.decoder(self.vae.post_quant_conv(z))
 
 
 def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoencoder:
@@ -43,11 +52,18 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
         torch.manual_seed(key(settings.seed, "init"))
         vae = load_autoencoder(settings.init, "--init") if settings.init else _fresh(settings, channels, size)
     check_fits(vae, channels, size)
+    return Autoencoder(vae, _regularizer(settings, vae))
+
+
+def _regularizer(settings: VaeSettings, vae: Vae) -> nn.Module:
+    if settings.regularizer == "fsq" and not settings.init:
+        return FiniteScalar(vae.quantize.embedding, fsq_levels(settings))
     if isinstance(vae, VQModel):
-        return Autoencoder(vae, VectorQuantization(vae.quantize.embedding, settings.commitment))
+        return VectorQuantization(vae.quantize.embedding, settings.commitment)
     if settings.regularizer == "none":
-        return Autoencoder(vae, Identity())
-    return Autoencoder(vae, KL(None if settings.init or settings.learn_variance else settings.posterior_std))
+        return Identity()
+    std = None if settings.init or settings.learn_variance else settings.posterior_std
+    return KL(std, settings.free_bits, settings.free_bits_per_sample)
 
 
 def latent_shape(vae: Vae, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -73,8 +89,9 @@ def check_fits(vae: Vae, channels: int, size: tuple[int, int]) -> None:
 
 
 def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
-    levels = settings.factor.bit_length()
-    widths = tuple(settings.width * m for m in _MULTIPLIERS[:levels])
+    factor, latent_channels = _bottleneck(settings, size)
+    levels = factor.bit_length()
+    widths = tuple(settings.width * m for m in (*_MULTIPLIERS, *[_MULTIPLIERS[-1]] * levels)[:levels])
     common = dict(
         in_channels=channels,
         out_channels=channels,
@@ -82,16 +99,39 @@ def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=widths,
         layers_per_block=settings.layers,
-        latent_channels=settings.latent_channels,
+        latent_channels=latent_channels,
         norm_num_groups=_groups(settings.width),
         sample_size=max(size),
         mid_block_add_attention=settings.attention,
         scaling_factor=1.0,
         force_upcast=False,
     )
-    if settings.regularizer == "vq":
-        return VQModel(**common, num_vq_embeddings=settings.codebook, vq_embed_dim=settings.latent_channels)
+    if settings.regularizer in ("vq", "fsq"):
+        codes = settings.codebook if settings.regularizer == "vq" else math.prod(fsq_levels(settings))
+        return VQModel(**common, num_vq_embeddings=codes, vq_embed_dim=latent_channels)
     return AutoencoderKL(**common)
+
+
+def _bottleneck(settings: VaeSettings, size: tuple[int, int]) -> tuple[int, int]:
+    """How far the sides shrink, and the channels of the latent."""
+    if settings.latent_dim is None:
+        levels = fsq_levels(settings)
+        return settings.factor, len(levels) if settings.regularizer == "fsq" else settings.latent_channels
+    if size[0] != size[1] or size[0] & (size[0] - 1):
+        power = 1 << (max(size) - 1).bit_length()
+        raise UserError(
+            f"--latent-dim {settings.latent_dim} needs square pictures whose side is a power of two, not "
+            f"{size[0]}x{size[1]}; make the data sheet with --image-size {power} --fit pad."
+        )
+    return size[0], settings.latent_dim
+
+
+def fsq_levels(settings: VaeSettings) -> tuple[int, ...]:
+    """`--levels 8,5,5,5` as numbers; raises UserError."""
+    levels = tuple(int(word) for word in settings.levels.split(","))
+    if min(levels) < 2 or math.prod(levels) > 2**18:
+        raise UserError(f"--levels {settings.levels} must be 2 or more each, with at most 262,144 combinations.")
+    return levels
 
 
 def _groups(width: int) -> int:

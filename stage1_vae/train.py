@@ -15,13 +15,14 @@ from calotype.checkpoint import publish
 from calotype.config import PRESET_IMAGE_SIZE
 from calotype.data import Batch, PictureBatches, Pictures, evenly_spaced, micro_batches, share_of
 from calotype.images import denormalize, image_grid, normalize
-from calotype.metrics import psnr
 from calotype.randomness import key, normal
 from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage1_vae import folding, models
 from calotype.stage1_vae.config import VaeSettings
+from calotype.stage1_vae.corruption import parse_corruption
+from calotype.stage1_vae.gauges import ActiveUnits, CodeUse, Psnr
 from calotype.stage1_vae.losses import RECONSTRUCTION
-from calotype.stage1_vae.regularizers import KL
+from calotype.stage1_vae.regularizers import KL, VectorQuantization
 
 _VALIDATION_PICTURES = 512
 _STATISTICS_PICTURES = 16_384  # enough for a relative error of the deviation well below 1 %
@@ -45,12 +46,13 @@ class VaeStage:
         device.choose_attention(self.model)
         self.latent_shape = models.latent_shape(self.model.vae, size)
         self.reconstruction = RECONSTRUCTION[settings.reconstruction]
-        # a penalty in nats is shared out over the picture's values, so that beta means the same at any size
-        values = sheet.channels * size[0] * size[1]
-        self.penalty_weight = settings.beta / values if isinstance(self.model.regularizer, KL) else 1.0
+        self.corrupt = parse_corruption(settings.corruption)
+        self.values = sheet.channels * size[0] * size[1]
         self.batch_source = PictureBatches(self.pictures, seed=settings.seed, flip=settings.flip)
         self._start_codebook()
         self.models = {"vae": self.model.vae}  # holds every parameter, a codebook included
+        if isinstance(self.model.regularizer, VectorQuantization):
+            self.models["codebook"] = self.model.regularizer.average
         self.averages = {}
         self.identity = {"the data": sheet.fingerprint}
         optimizer = loop.make_optimizer(self.model, settings)
@@ -66,43 +68,85 @@ class VaeStage:
         parts = self.settings.micro_batches
         figures: list[dict[str, Tensor]] = []
         for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts):
-            loss, terms = self.loss(part)
+            loss, terms = self.loss(part, step)
             self.accelerator.backward(loss / parts)
             figures.append(terms)
         norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
+        self.model.regularizer.after_step()
         means = {name: torch.stack([terms[name] for terms in figures]).mean() for name in figures[0]}
         return means | {"gradient_norm": norm.detach()}
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty_weight(self, step: int) -> float:
+        """Weight of the regulariser: for the KL term beta, grown over the warm-up and shared out over the values.
+
+        beta at step s is min(1, s / warm-up) * beta (Bowman et al. 2016); a penalty in nats over the number of values
+        lets beta mean the same at any picture size.
+        """
+        if not isinstance(self.model.regularizer, KL):
+            return 1.0
+        warmup = self.settings.beta_warmup
+        return self.settings.beta / self.values * (min(1.0, step / warmup) if warmup else 1.0)
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a batch, and its terms: reconstruction + weight * penalty."""
         x = normalize(batch.x)
         eps = normal(self.settings.seed, "posterior", batch.start, len(x), self.latent_shape)
         eps = eps.to(x.device, non_blocking=True)
-        out = self.wrapped(x, eps)
+        damaged = self.corrupt(x, self.settings.seed, batch.start, "train") if self.corrupt else x
+        out = self.wrapped(damaged, eps)
         reconstruction = self.reconstruction(out.x_hat, x).mean()
         penalty = out.penalty.mean()
-        loss = reconstruction + self.penalty_weight * penalty
+        loss = reconstruction + self.penalty_weight(step) * penalty
         terms = {"loss": loss, "reconstruction": reconstruction, self.model.regularizer.name: penalty}
         return loss, {name: value.detach() for name, value in terms.items()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean PSNR over held-out pictures, shared out over the processes."""
+        """Figures over held-out pictures, shared out over the processes."""
+        gauges = self._gauges()
         chosen = evenly_spaced(len(self.held_out), _VALIDATION_PICTURES)
-        total = torch.zeros(2, device=self.accelerator.device)
-        for numbers in _chunks(chosen[self.share.rank :: self.share.world], 64):
-            x = self._batch(self.held_out, numbers)
-            values = psnr(self._reconstruct(x), x)
-            total += torch.stack([values.sum(), values.new_tensor(len(values))])
-        total = self.accelerator.reduce(total, "sum")
-        return {"psnr": (total[0] / total[1]).item()}
+        for first in range(self.share.rank * 64, len(chosen), self.share.world * 64):
+            self._measure(gauges, self._batch(self.held_out, chosen[first : first + 64]), first)
+        figures: dict[str, float] = {}
+        for gauge in gauges.values():
+            total = self.accelerator.reduce(gauge.total.to(self.accelerator.device), "sum")
+            figures |= gauge.figures(total.cpu())
+        return figures
+
+    def _gauges(self) -> dict[str, Psnr | CodeUse | ActiveUnits]:
+        gauges: dict[str, Psnr | CodeUse | ActiveUnits] = {"psnr": Psnr()}
+        if isinstance(self.model.vae, VQModel):
+            gauges["codes"] = CodeUse(self.model.vae.config.num_vq_embeddings)
+        else:
+            gauges["active"] = ActiveUnits(self.latent_shape)
+        if self.corrupt:
+            gauges |= {"damaged": Psnr("psnr_damaged"), "denoised": Psnr("psnr_denoised")}
+        return gauges
+
+    def _measure(self, gauges: dict, x: Tensor, first: int) -> None:
+        """Take in pictures (B, C, H, W); `first` is the place of the first among those chosen."""
+        with device.autocast(self.settings.precision):
+            h = self.model.encode(x)
+        gauges["psnr"].add(self._reconstruct(x), x)
+        if "codes" in gauges:
+            gauges["codes"].add(self.model.regularizer.indices(h))
+        else:
+            gauges["active"].add(h.chunk(2, dim=1)[0])
+        if self.corrupt:
+            damaged = self.corrupt(x, self.settings.seed, first, "validation")
+            gauges["damaged"].add(damaged.clamp(-1, 1), x)
+            gauges["denoised"].add(self._reconstruct(damaged), x)
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
-        """Held-out pictures above their reconstructions."""
+        """Held-out pictures above their reconstructions; a denoising autoencoder is shown damaged ones."""
         x = self._batch(self.held_out, evenly_spaced(len(self.held_out), _SHEET_PICTURES))
-        both = denormalize(torch.cat([x, self._reconstruct(x)]).cpu())
-        return image_grid(both, columns=len(x), row_labels=["input", "output"])
+        rows = {"input": x}
+        if self.corrupt:
+            rows["damaged"] = self.corrupt(x, self.settings.seed, 0, "validation")
+        rows["output"] = self._reconstruct(rows.get("damaged", x))
+        sheet = denormalize(torch.cat(list(rows.values())).cpu())
+        return image_grid(sheet, columns=len(x), row_labels=list(rows))
 
     def export(self, folder: Path) -> None:
         """Fold the latent statistics and write the autoencoder as folder/vae."""
@@ -142,7 +186,7 @@ class VaeStage:
     @torch.no_grad()
     def _start_codebook(self) -> None:
         """Begin VQ from codes of real pictures; a resumed run overwrites them."""
-        if isinstance(self.model.vae, VQModel) and not self.settings.init:
+        if isinstance(self.model.regularizer, VectorQuantization) and not self.settings.init:
             numbers = evenly_spaced(len(self.pictures), 256)
             parts = (torch.stack([self.pictures[i] for i in part]) for part in _chunks(numbers, 16))
             h = torch.cat([self.model.vae.quant_conv(self.model.vae.encoder(normalize(x))) for x in parts])

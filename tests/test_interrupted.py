@@ -23,5 +23,6 @@ def test_killed_and_repeated_ends_with_the_same_bits(tmp_path, regularizer):
     benchmark("kill_resume", "--kills", 3, "--out", tmp_path, "--regularizer", regularizer)
 
 
-def test_two_processes_equal_one(tmp_path):
-    benchmark("processes", "--steps", 20, "--out", tmp_path)
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_two_processes_equal_one(tmp_path, regularizer):
+    benchmark("processes", "--steps", 20, "--out", tmp_path, "--regularizer", regularizer)

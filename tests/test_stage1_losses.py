@@ -14,7 +14,7 @@ PARTS = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
 
 
 def autoencoder(regularizer, **more):
-    settings = VaeSettings(source="", out="", width=8, factor=2, latent_channels=2, codebook=16, **more)
+    settings = VaeSettings(source="", out="", width=8, factor=2, latent_channels=2, codebook=16, levels="5,4", **more)
     return models.build(settings.model_copy(update={"regularizer": regularizer}), channels=1, size=(8, 8))
 
 
@@ -39,7 +39,8 @@ TERMS = [
     ("kl", "penalty", ENCODER),
     ("none", "reconstruction", ENCODER | DECODER),
     ("vq", "reconstruction", ENCODER | DECODER),  # the straight-through estimate passes the codebook by
-    ("vq", "penalty", ENCODER | {"quantize"}),
+    ("vq", "penalty", ENCODER),  # the codebook follows as a running mean, see test_quantizers.py
+    ("fsq", "reconstruction", ENCODER | DECODER),
 ]
 
 
@@ -72,20 +73,13 @@ def test_a_planted_fault_is_seen(regularizer, fault):
     assert out.penalty.requires_grad == (fault == "detach")
 
 
-def test_commitment_and_codebook_terms_pull_their_own_side():
-    codebook = torch.nn.Embedding(16, 2)
-    h = torch.randn(3, 2, 4, 4, requires_grad=True)
-    VectorQuantization(codebook, commitment=0.0)(h, h)[1].mean().backward()
-    assert h.grad.abs().max() == 0 and codebook.weight.grad.abs().max() > 0
-
-
 def test_every_parameter_is_trained():
-    """Without the quantiser's own name in it, DDP would wait for gradients that never come."""
-    for regularizer in ("kl", "vq", "none"):
+    """DDP would wait for a gradient that never comes."""
+    for regularizer in ("kl", "vq", "fsq", "none"):
         model, (x, eps) = autoencoder(regularizer), batch()
         out = model(x, eps)
         (mse(out.x_hat, x) + out.penalty).mean().backward()
-        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_kl_equals_the_closed_form_of_torch():
@@ -135,3 +129,32 @@ def test_reconstruction_losses_are_per_example():
     x_hat = torch.stack([torch.full((1, 2, 2), 0.5), torch.full((1, 2, 2), -1.0)])
     assert_close(l1(x_hat, x), torch.tensor([0.5, 1.0]))
     assert_close(mse(x_hat, x), torch.tensor([0.25, 1.0]))
+
+
+def test_beta_grows_over_its_warm_up():
+    from types import SimpleNamespace
+
+    from calotype.stage1_vae.train import VaeStage
+
+    settings = SimpleNamespace(beta=4.0, beta_warmup=5000)
+    stage = SimpleNamespace(model=SimpleNamespace(regularizer=KL()), settings=settings, values=8)
+    weights = [VaeStage.penalty_weight(stage, step) * 8 for step in (0, 1, 2500, 5000, 9000)]
+    assert weights == [0.0, 4.0 / 5000, 2.0, 4.0, 4.0]
+    settings.beta_warmup = 0
+    assert VaeStage.penalty_weight(stage, 0) * 8 == 4.0
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_free_bits_pull_above_the_floor_only(per_sample):
+    mean = torch.tensor([[0.01, 2.0], [0.02, 0.1]]).reshape(2, 2, 1, 1)  # KL_j = mean^2 / 2 at unit variance
+    h = torch.cat([mean, torch.zeros_like(mean)], 1).requires_grad_()
+    _, penalty = KL(free_bits=0.5, per_sample=per_sample)(h, torch.zeros_like(mean))
+    penalty.sum().backward()
+    pull = h.grad[:, :2].flatten(1)
+    assert (pull[:, 0] == 0).all()  # the first element is below the floor in both examples, and on average
+    assert pull[0, 1] == 2.0
+    # the second example's own 0.005 nats are below the floor, the batch's mean of 1.0025 is above
+    assert pull[1, 1] == (0.0 if per_sample else pytest.approx(0.1))
+    expected = [[0.5, 2.0], [0.5, 0.5 if per_sample else 0.005]]
+    assert_close(penalty, torch.tensor(expected).sum(1), atol=1e-6, rtol=1e-6)
+    assert h.grad[:, 2].abs().max() == 0

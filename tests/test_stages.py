@@ -143,3 +143,51 @@ def test_sample_sheets_are_pictures(finished):
         sheets = sorted((finished / stage / "samples").glob("*.png"))
         assert len(sheets) == 2
         assert np.asarray(Image.open(sheets[-1])).std() > 5
+
+
+def train_vae(source, out, *more):
+    """Train for a few steps; returns the figures of the last validation."""
+    words = ["train-vae", str(source), "--width", "8", *SHORT, "--out", str(out), *more]
+    assert cli.main(words) == 0
+    return json.loads((out / "finished.json").read_text())
+
+
+def test_a_picture_becomes_two_numbers(tmp_path):
+    """Pictures of 12x12 are padded to 16; a code of two numbers is a latent of 1x1."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        shapes.render(shapes.draw_factors(0, i, shapes.PLAIN), (12, 12)).convert("L").save(folder / f"{i}.png")
+    assert cli.main(["data", str(folder), "--image-size", "16", "--fit", "pad", "--out", str(tmp_path)]) == 0
+    train_vae(tmp_path / "data.json", tmp_path / "vae", "--latent-dim", "2")
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae/vae").eval()
+    assert vae.encode(torch.zeros(3, 1, 16, 16)).latent_dist.mean.shape == (3, 2, 1, 1)
+    assert vae.decode(torch.zeros(3, 2, 1, 1)).sample.shape == (3, 1, 16, 16)
+
+
+def test_a_code_needs_a_side_that_is_a_power_of_two(pictures, tmp_path, capsys):
+    words = ["--image-size", "12", "--latent-dim", "2", "--steps", "1", "--out", str(tmp_path / "vae")]
+    assert cli.main(["train-vae", str(pictures), *words]) == 2
+    message = capsys.readouterr().err
+    assert "--latent-dim 2" in message and "--image-size 16 --fit pad" in message
+
+
+def test_a_denoiser_is_judged_on_damaged_pictures(finished, tmp_path):
+    found = train_vae(finished / "data.json", tmp_path / "vae", "--factor", "2", "--corruption", "gaussian:0.3")
+    assert {"psnr[val]", "psnr_damaged[val]", "psnr_denoised[val]", "active_units[val]"} <= set(found)
+    # noise of deviation 0.3 on a range of 2; clamping takes some of it away
+    assert 16.5 < found["psnr_damaged[val]"] < 19.5
+
+
+@pytest.mark.parametrize("words, codes", [(["vq", "--codebook", "32"], 32), (["fsq", "--levels", "4,3"], 12)])
+def test_codes_are_counted_and_exported(finished, tmp_path, words, codes):
+    found = train_vae(finished / "data.json", tmp_path / "vae", "--factor", "2", "--regularizer", *words)
+    assert 0 < found["code_usage[val]"] <= 1 and 1 <= found["perplexity[val]"] <= codes
+    from diffusers import VQModel
+
+    vae = VQModel.from_pretrained(tmp_path / "vae/vae")
+    assert vae.config.num_vq_embeddings == codes and vae.config.scaling_factor == 1.0
+    parts, _ = checkpoint.load(tmp_path / "vae/checkpoints")
+    assert ("codebook" in parts) == (words[0] == "vq")
