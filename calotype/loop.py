@@ -161,7 +161,8 @@ class Run:
         lr = next(iter(self.stage.optimizers.values())).param_groups[0]["lr"]
         self.journal.write(self.at_step, self.pace.seconds, means | {"lr": lr, "images_per_second": round(rate, 1)})
         left, progress = self.pace.left(self.at_step)
-        self.line.show(progress, self.at_step, rate, left, {"loss": means["loss[train]"]} | self.validation)
+        shown = {"loss": means["loss[train]"]} | dict(list(self.validation.items())[:1])
+        self.line.show(progress, self.at_step, rate, left, shown)
 
     def _validate(self) -> None:
         self._log()  # a state that is not finite must not be measured, kept or exported

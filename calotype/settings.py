@@ -86,7 +86,7 @@ class GenerateSettings(Settings):
 
 
 class DemoSettings(Settings):
-    """Serve a page to play with a model; only this machine can reach it."""
+    """Serve a page to play with a model; unless --host says otherwise, only this machine can reach it."""
 
     model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
     host: str = Field("127.0.0.1", description="address to listen on")

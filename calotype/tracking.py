@@ -1,6 +1,7 @@
 """What a run tells: one progress line, metrics.jsonl, accelerate's trackers."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from calotype.checkpoint import write_text
 
+_TEXT_WIDTH = 85  # columns that the words of the line may take
 _PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
 
 
@@ -36,9 +38,9 @@ class ProgressLine:
     def __init__(self, name: str, enabled: bool):
         self.name, self.enabled = name, enabled
         self.terminal = sys.stdout.isatty()
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}", markup=False)
-        )
+        text = TextColumn("{task.description}  {task.fields[text]}", markup=False)
+        room = shutil.get_terminal_size().columns - _TEXT_WIDTH
+        self.bar = Progress(*([BarColumn(min(room, 30))] if room > 4 else []), text)
         self.task = self.bar.add_task(name, total=1.0, text="")
         self.last = 0.0
         if enabled and self.terminal:
