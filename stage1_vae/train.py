@@ -109,7 +109,7 @@ class VaeStage:
             self._measure(gauges, self._batch(self.held_out, chosen[first : first + 64]), first)
         figures: dict[str, float] = {}
         for gauge in gauges.values():
-            total = self.accelerator.reduce(gauge.total.to(self.accelerator.device), "sum")
+            total = self.accelerator.reduce(gauge.total.float().to(self.accelerator.device), "sum")
             figures |= gauge.figures(total.cpu())
         return figures
 
@@ -125,9 +125,8 @@ class VaeStage:
 
     def _measure(self, gauges: dict, x: Tensor, first: int) -> None:
         """Take in pictures (B, C, H, W); `first` is the place of the first among those chosen."""
-        with device.autocast(self.settings.precision):
-            h = self.model.encode(x)
-        gauges["psnr"].add(self._reconstruct(x), x)
+        h = self._encode(x)
+        gauges["psnr"].add(self._decode(h), x)
         if "codes" in gauges:
             gauges["codes"].add(self.model.regularizer.indices(h))
         else:
@@ -135,7 +134,7 @@ class VaeStage:
         if self.corrupt:
             damaged = self.corrupt(x, self.settings.seed, first, "validation")
             gauges["damaged"].add(damaged.clamp(-1, 1), x)
-            gauges["denoised"].add(self._reconstruct(damaged), x)
+            gauges["denoised"].add(self._decode(self._encode(damaged)), x)
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
@@ -144,7 +143,7 @@ class VaeStage:
         rows = {"input": x}
         if self.corrupt:
             rows["damaged"] = self.corrupt(x, self.settings.seed, 0, "validation")
-        rows["output"] = self._reconstruct(rows.get("damaged", x))
+        rows["output"] = self._decode(self._encode(rows.get("damaged", x)))
         sheet = denormalize(torch.cat(list(rows.values())).cpu())
         return image_grid(sheet, columns=len(x), row_labels=list(rows))
 
@@ -165,8 +164,7 @@ class VaeStage:
         running = folding.RunningStatistics()
         for numbers in _chunks(evenly_spaced(len(self.pictures), _STATISTICS_PICTURES), 128):
             x = self._batch(self.pictures, numbers)
-            with device.autocast(self.settings.precision):
-                h = self.model.vae.quant_conv(self.model.vae.encoder(x)).float()
+            h = self._encode(x)
             if isinstance(self.model.vae, VQModel):
                 running.add(self.model.regularizer(h, h)[0])
             else:
@@ -174,11 +172,16 @@ class VaeStage:
                 running.add(mean, logvar.clamp(-30, 20).cpu().double().exp())
         return running.result()
 
-    def _reconstruct(self, x: Tensor) -> Tensor:
-        """x_hat (B, C, H, W), clamped, from the posterior's mean."""
-        eps = torch.zeros(len(x), *self.latent_shape, device=x.device)
+    def _encode(self, x: Tensor) -> Tensor:
+        """What the regulariser takes, of pictures (B, C, H, W)."""
         with device.autocast(self.settings.precision):
-            return self.model(x, eps).x_hat.float().clamp(-1, 1)
+            return self.model.encode(x)
+
+    def _decode(self, h: Tensor) -> Tensor:
+        """x_hat (B, C, H, W), clamped, from the posterior's mean."""
+        z, _ = self.model.regularizer(h, torch.zeros(len(h), *self.latent_shape, device=h.device))
+        with device.autocast(self.settings.precision):
+            return self.model.decode(z).float().clamp(-1, 1)
 
     def _batch(self, pictures: Pictures, numbers: list[int]) -> Tensor:
         return normalize(torch.stack([pictures[i] for i in numbers]).to(self.accelerator.device))
@@ -189,7 +192,7 @@ class VaeStage:
         if isinstance(self.model.regularizer, VectorQuantization) and not self.settings.init:
             numbers = evenly_spaced(len(self.pictures), 256)
             parts = (torch.stack([self.pictures[i] for i in part]) for part in _chunks(numbers, 16))
-            h = torch.cat([self.model.vae.quant_conv(self.model.vae.encoder(normalize(x))) for x in parts])
+            h = torch.cat([self.model.encode(normalize(x)) for x in parts])
             generator = torch.Generator().manual_seed(key(self.settings.seed, "codebook"))
             self.model.regularizer.start_from(h, generator)
 
