@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tiny import diffusion_flags, vae_flags, write_pictures
+from benchmarks.tiny import MEMBERS, diffusion_flags, vae_flags, write_pictures
 from calotype import checkpoint, cli
 
 STEPS = 40
@@ -31,12 +31,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="trials a stage")
     parser.add_argument("--out", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument("--regularizer", default="kl", help="of stage 1")
+    parser.add_argument("--member", default="kl", choices=MEMBERS, help="of the autoencoder family")
+    parser.add_argument("--stages", nargs="+", default=["stage1", "stage2"])
     args = parser.parse_args()
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
     args.out.mkdir(parents=True, exist_ok=True)
-    work = Work(args.out, args.regularizer)
-    rows = [trials(work, stage, args.kills, random.Random(args.seed)) for stage in ("stage1", "stage2")]
+    work = Work(args.out, MEMBERS[args.member])
+    rows = [trials(work, stage, args.kills, random.Random(args.seed)) for stage in args.stages]
     print(f"{'stage':8} {'same bits':>10} {'killed in a save':>17} {'bad checkpoints seen':>21}")
     for row in rows:
         print(f"{row['stage']:8} {row['same']:>4} of {row['trials']:<3} {row['in_save']:>17} {row['bad']:>21}")
@@ -49,10 +50,10 @@ def main() -> int:
 class Work:
     """The data, the undisturbed runs and their hashes."""
 
-    def __init__(self, out: Path, regularizer: str):
+    def __init__(self, out: Path, member: list[str]):
         self.out = out
-        self.more = ["--steps", str(STEPS), "--checkpoint-every", "2", "--validations", "3"]
-        self.regularizer = ["--regularizer", regularizer]
+        self.more = ["--steps", str(STEPS), "--checkpoint-every", "2", "--validations", "4"]
+        self.member = member
         pictures = write_pictures(out / "pictures")
         undisturbed(["data", str(pictures), "--image-size", "16", "--out", str(out)])
         self.seconds = {"stage1": undisturbed(self.flags("stage1", out / "reference1"))}
@@ -64,7 +65,7 @@ class Work:
     def flags(self, stage: str, out: Path) -> list[str]:
         """The command of a stage."""
         if stage == "stage1":
-            return vae_flags(self.out / "data.json", out, *self.more, *self.regularizer)
+            return vae_flags(self.out / "data.json", out, *self.more, *self.member)
         return diffusion_flags(self.out / "latents", self.out / "reference1" / "vae", out, *self.more)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tiny import diffusion_flags, vae_flags, write_pictures
+from benchmarks.tiny import MEMBERS, diffusion_flags, vae_flags, write_pictures
 
 
 def main() -> int:
@@ -25,12 +25,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"])
-    parser.add_argument("--regularizer", default="kl", help="of stage 1")
+    parser.add_argument("--member", default="kl", choices=MEMBERS, help="of the autoencoder family")
+    parser.add_argument("--stages", nargs="+", default=["train-vae", "train-diffusion"])
     parser.add_argument("--work", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args.work, args.out, args.steps)
-    rows = [compare(stage, args) for stage in prepare(args)]
+    rows = [compare(stage, args) for stage in prepare(args) if stage in args.stages]
     print(f"{'stage':16} {'first gradient':>15} {'worst loss':>12} {'parameters':>12} {'ranks equal':>12}")
     for row in rows:
         print("{stage:16} {gradient:>15.2e} {loss:>12.2e} {parameters:>12.2e} {ranks_equal!s:>12}".format(**row))
@@ -46,7 +47,7 @@ def prepare(args) -> dict[str, list[str]]:
     out = args.out
     sheet = out / "data.json"
     cli.main(["data", str(write_pictures(out / "pictures")), "--image-size", "16", "--out", str(out)])
-    more = ["--optimizer", args.optimizer, "--regularizer", args.regularizer]
+    more = ["--optimizer", args.optimizer, *MEMBERS[args.member]]
     stage1 = vae_flags(sheet, out / "vae", *more, "--steps", "20")
     assert cli.main(stage1) == 0
     assert cli.main(["encode", str(sheet), "--vae", str(out / "vae" / "vae"), "--out", str(out / "latents")]) == 0
@@ -94,23 +95,26 @@ def work(argv: list[str], out: Path, steps: int) -> int:
     from calotype.config import parse
 
     stage, settings = build(argv, parse)
-    gradients, update = [], loop.update
+    gradients, update = {}, loop.update
 
     def watched(accelerator, model, optimizer, clip):
-        if not gradients:
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+        """Note the first gradient of each network: an autoencoder may have a discriminator or a critic beside it."""
+        if id(model) not in gradients:
+            found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            gradients[id(model)] = torch.cat(found).clone()
         return update(accelerator, model, optimizer, clip)
 
     loop.update = watched
     losses, trace = [], []
     batches = stage.batches(0)
     for step in range(steps):
-        losses.append(stage.step(next(batches), step)["loss"].double())
+        figures = stage.step(next(batches), step)
+        losses.append(figures.get("loss", figures.get("discriminator")).double())
         state = [value for module in stage.models.values() for value in module.state_dict().values()]
         trace.append(torch.cat([value.flatten().view(torch.int32) for value in state]).long().sum())
     parameters = torch.cat([value.flatten() for value in state])
     found = {
-        "gradient": gradients[0],
+        "gradient": torch.cat(list(gradients.values())),
         "losses": torch.stack(losses),
         "trace": torch.stack(trace),
         "parameters": parameters,
@@ -131,7 +135,10 @@ def build(argv: list[str], parse):
         from calotype.stage1_vae.train import VaeStage
 
         settings = parse(VaeSettings, argv[1:], "train-vae")
-        return VaeStage(settings, read_sheet(Path(settings.source)), device.accelerator("fp32")), settings
+        stage = VaeStage(settings, read_sheet(Path(settings.source)), device.accelerator("fp32"))
+        if stage.adversary:
+            stage.adversary.state["began"] = 0
+        return stage, settings
     from calotype.stage2_diffusion.config import DiffusionSettings
     from calotype.stage2_diffusion.train import DiffusionStage
 

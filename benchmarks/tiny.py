@@ -5,6 +5,12 @@ from pathlib import Path
 from calotype import shapes
 
 COUNT = 96
+MEMBERS = {  # flags of stage 1, each with something of its own to keep equal
+    "kl": ["--regularizer", "kl"],
+    "vq": ["--regularizer", "vq"],
+    "tc": ["--regularizer", "tc", "--gamma", "10"],
+    "gan": "--perceptual features --adversarial 0.5 --adversarial-start 0.2 --adversarial-pretraining 5".split(),
+}
 
 
 def write_pictures(folder: Path, size: int = 16) -> Path:

@@ -21,12 +21,15 @@ Tensors = dict[str, Tensor]
 _MANIFEST = "manifest.json"
 
 
-def save(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int, also: int | None = None
+) -> Path:
     """Write `parts` (one safetensors file each) and `state` as folder/step-XXXXXXXX; keep the newest `keep`.
 
-    Raises UserError if the disk is full; older checkpoints are then as they were.
+    The checkpoint of step `also` is kept too, so that a run can go back to it. Raises UserError if the disk is full;
+    older checkpoints are then as they were.
     """
-    final = folder / f"step-{step:08d}"
+    final = _named(folder, step)
     if verify(final) is None:
         return final
     temporary = folder / f".{final.name}.{os.getpid()}"
@@ -48,6 +51,8 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, An
             "again: it goes on from the last checkpoint."
         ) from None
     kept = [path for path in steps(folder) if path <= final][-keep:]
+    if also is not None:
+        kept.append(_named(folder, also))
     for old in set(steps(folder)) - set(kept):
         gone = old.with_name(f".{old.name}.gone")  # a kill on the way must leave no half of it under its name
         old.rename(gone)
@@ -55,9 +60,10 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, An
     return final
 
 
-def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
-    """Parts and state of the newest intact checkpoint, or None; says in one line what it passed over."""
-    for candidate in reversed(steps(folder)):
+def load(folder: Path, up_to: int | None = None) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
+    """Parts and state of the newest intact checkpoint (not after step `up_to`), or None; says what it passed over."""
+    candidates = [path for path in steps(folder) if up_to is None or path <= _named(folder, up_to)]
+    for candidate in reversed(candidates):
         fault = verify(candidate)
         if fault:
             print(f"Checkpoint {candidate} is passed over: {fault}.")
@@ -65,6 +71,10 @@ def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
         parts = {file.stem: load_file(file) for file in candidate.glob("*.safetensors")}
         return parts, json.loads((candidate / "state.json").read_text())
     return None
+
+
+def _named(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def steps(folder: Path) -> list[Path]:

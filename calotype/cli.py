@@ -17,6 +17,21 @@ COMMANDS = {
         "calotype.stage1_vae.encode:main",
         "pictures to a cache of latents",
     ),
+    "embed": (
+        "calotype.stage1_vae.config:EmbedSettings",
+        "calotype.stage1_vae.embed:main",
+        "pictures to one file of codes, and what these tell about the labels",
+    ),
+    "tokens": (
+        "calotype.stage1_vae.config:TokensSettings",
+        "calotype.stage1_vae.tokens:main",
+        "pictures to one file of code numbers",
+    ),
+    "convert": (
+        "calotype.stage1_vae.config:ConvertSettings",
+        "calotype.stage1_vae.convert:main",
+        "an autoencoder from elsewhere to a folder",
+    ),
     "train-diffusion": (
         "calotype.stage2_diffusion.config:DiffusionSettings",
         "calotype.stage2_diffusion.train:main",

@@ -3,57 +3,28 @@
 import json
 import math
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from PIL import Image
 from torch import Tensor, nn
 
 from calotype import checkpoint
 from calotype.config import TrainSettings, refuse_other_settings
-from calotype.data import Batch
 from calotype.device import device as best_device
-from calotype.ema import PowerEma
 from calotype.errors import UserError
+from calotype.faults import locate
 from calotype.lock import claimed
+from calotype.pace import Interruption, Pace, learning_rate_factor
+from calotype.stage import Stage
 from calotype.tracking import Journal, ProgressLine
 
 _OWN_FILES = ("config.json", "metrics.jsonl", "finished.json", "samples", "checkpoints")
 _AGREE_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
-
-
-class Stage(Protocol):
-    """What a stage must offer; `fit` drives any."""
-
-    name: str
-    models: dict[str, nn.Module]  # as they are saved, without wrappers
-    optimizers: dict[str, torch.optim.Optimizer]
-    averages: dict[str, PowerEma]
-    identity: dict[str, str]  # hashes of what the stage reads; a resumed run must find the same
-    exports: tuple[str, ...]  # names of what export writes into the folder
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """Batches of this process from `step` on."""
-
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns detached means over this process's examples."""
-
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out examples, over all processes."""
-
-    def preview(self) -> Image.Image:
-        """A sample sheet; called in the first process only."""
-
-    def export(self, folder: Path) -> None:
-        """Write what the next stage reads; called in the first process only."""
+_MOST_SKIPPED = 2  # steps in a row that may be left out before the run goes back
+_MOST_HALVINGS = 4  # of the learning rate, before the run gives up
 
 
 def fit(stage: Stage, settings: TrainSettings, accelerator: Accelerator) -> None:
@@ -77,6 +48,7 @@ class Run:
     def __init__(self, stage: Stage, settings: TrainSettings, accelerator: Accelerator):
         self.stage, self.settings, self.accelerator = stage, settings, accelerator
         self.out: Path = settings.out
+        self.lr_factor, self.good_step, self.skipped = 1.0, None, 0
         self.at_step, spent = self._restore()
         self.pace = Pace(settings, self.at_step, spent, accelerator)
         self.journal = Journal(self.out / "metrics.jsonl", self.at_step, accelerator)
@@ -97,7 +69,7 @@ class Run:
                 if self.at_step % self.settings.log_every == 0:
                     self._log()
                 if math.floor(progress * self.settings.validations) > math.floor(before * self.settings.validations):
-                    self._validate()
+                    self._validate(progress)
                 stop = self._told_to_stop(interruption)
                 if stop or self.at_step % self.settings.checkpoint_every == 0:
                     self._save()
@@ -117,12 +89,34 @@ class Run:
         if state["identity"] != self.stage.identity:
             changed = next(k for k, v in self.stage.identity.items() if state["identity"].get(k) != v)
             raise UserError(f"--out {self.out}: {changed} changed since this run began; restore it, or give --fresh.")
+        self._put_back(parts)
+        self.lr_factor, self.good_step, self.skipped = (state[name] for name in ("lr_factor", "good_step", "skipped"))
+        self.stage.state.update(state["stage"])
+        self.accelerator.print(f"{self.stage.name}: goes on at step {state['step']}.")
+        return state["step"], state["seconds"]
+
+    def _put_back(self, parts: dict[str, checkpoint.Tensors]) -> None:
         for name, module in self._modules().items():
             checkpoint.load_module(module, parts[name])
         for name, optimizer in self.stage.optimizers.items():
             checkpoint.load_optimizer(optimizer, parts[f"{name}_optimizer"])
-        self.accelerator.print(f"{self.stage.name}: goes on at step {state['step']}.")
-        return state["step"], state["seconds"]
+
+    def _go_back(self, step: int | None, reason: str) -> None:
+        """Weights and optimisers as they were at a checkpoint; the steps count on, so other batches follow."""
+        found = checkpoint.load(self.out / "checkpoints", up_to=step)
+        if found is None:
+            raise UserError(
+                f"{self.stage.name}: {reason} at step {self.at_step}, and there is no checkpoint to go back to; try a "
+                "lower --lr, or --precision fp32."
+            )
+        parts, state = found
+        self._put_back(parts)
+        self._say(f"{reason}: the run goes back to the weights of step {state['step']}.")
+
+    def _say(self, sentence: str) -> None:
+        """Tell the person, and the report."""
+        self.accelerator.print(f"{self.stage.name}, step {self.at_step}: {sentence}")
+        self.journal.say(self.at_step, self.pace.seconds, sentence)
 
     def _modules(self) -> dict[str, nn.Module]:
         averages = {f"{name}_ema": ema.model for name, ema in self.stage.averages.items()}
@@ -134,47 +128,97 @@ class Run:
             parts = {name: module.state_dict() for name, module in self._modules().items()}
             for name, optimizer in self.stage.optimizers.items():
                 parts[f"{name}_optimizer"] = checkpoint.optimizer_tensors(optimizer)
-            state = {"seconds": self.pace.seconds, "identity": self.stage.identity}
+            state = {"seconds": self.pace.seconds, "identity": self.stage.identity, "stage": self.stage.state}
+            state |= {"lr_factor": self.lr_factor, "good_step": self.good_step, "skipped": self.skipped}
             keep = self.settings.keep_checkpoints
-            checkpoint.save(self.out / "checkpoints", self.at_step, parts, state, keep)
+            checkpoint.save(self.out / "checkpoints", self.at_step, parts, state, keep, self.good_step)
         self.accelerator.wait_for_everyone()
 
     def _set_learning_rates(self, progress: float) -> None:
-        factor = learning_rate_factor(self.settings, self.at_step, progress)
+        factor = learning_rate_factor(self.settings, self.at_step, progress) * self.lr_factor
         for optimizer in self.stage.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr * factor
+                group["lr"] = group["initial_lr"] * factor
 
     def _log(self) -> None:
         """Mean over a window of steps and over the processes; the only place where a step's figures are read."""
         if not self.window:
             return
-        means = {name: torch.stack([values[name] for values in self.window]).mean() for name in self.window[0]}
-        means = {f"{name}[train]": value.item() for name, value in self.accelerator.reduce(means, "mean").items()}
+        means, good = self._means()
+        first = self.at_step - len(good)
         self.window = []
         if not all(map(math.isfinite, means.values())):
             raise UserError(
                 f"{self.stage.name}: the loss is not finite at step {self.at_step}; try a lower --lr, or "
                 f"--precision fp32. The last good state is in {self.out / 'checkpoints'}."
             )
+        if not all(good):
+            self._left_out(first, good)
+        if not means:
+            return
         rate = self.pace.rate(self.at_step) * self.settings.batch_size
         lr = next(iter(self.stage.optimizers.values())).param_groups[0]["lr"]
         self.journal.write(self.at_step, self.pace.seconds, means | {"lr": lr, "images_per_second": round(rate, 1)})
         left, progress = self.pace.left(self.at_step)
-        shown = {"loss": means["loss[train]"]} | dict(list(self.validation.items())[:1])
+        loss = {"loss": means["loss[train]"]} if "loss[train]" in means else {}
+        shown = loss | dict(list(self.validation.items())[:1])
         self.line.show(progress, self.at_step, rate, left, shown)
 
-    def _validate(self) -> None:
+    def _means(self) -> tuple[dict[str, float], list[bool]]:
+        """Figures over the steps of the window that were taken, and over the processes; and which steps those were."""
+        good = torch.stack([values["gradient_norm"] for values in self.window]).isfinite().tolist()
+        taken = [values for values, was in zip(self.window, good) if was]
+        names = dict.fromkeys(name for values in taken for name in values)
+        means = {f"{name}[train]": torch.stack([v[name] for v in taken if name in v]).mean() for name in names}
+        return {name: value.item() for name, value in self.accelerator.reduce(means, "mean").items()}, good
+
+    def _left_out(self, first: int, good: list[bool]) -> None:
+        """Say which steps were left out and why; after three in a row go back, with half the learning rate."""
+        bad = [first + i for i, taken in enumerate(good) if not taken]
+        if not self.skipped:
+            self._say(f"{locate(self.stage, bad[0])}; the step was left out.")
+        for taken in good:
+            self.skipped = 0 if taken else self.skipped + 1
+            if self.skipped > _MOST_SKIPPED:
+                return self._slow_down()
+        return None
+
+    def _slow_down(self) -> None:
+        self.skipped = 0
+        self.lr_factor /= 2
+        if self.lr_factor < 0.5**_MOST_HALVINGS:
+            raise UserError(
+                f"{self.stage.name}: the gradient is not finite at step {self.at_step}, again and again; try a lower "
+                f"--lr, or --precision fp32. The last good state is in {self.out / 'checkpoints'}."
+            )
+        self._go_back(None, "The gradient was not finite three times in a row; the learning rate is halved")
+
+    def _validate(self, progress: float = 1.0) -> None:
         self._log()  # a state that is not finite must not be measured, kept or exported
-        self.validation = {f"{name}[val]": value for name, value in self.stage.validate().items()}
-        self.journal.write(self.at_step, self.pace.seconds, self.validation)
+        figures = self._measure()
         if self.accelerator.is_main_process:
             samples = self.out / "samples"
             samples.mkdir(exist_ok=True)
             self.stage.preview().save(samples / f"step-{self.at_step:08d}.png")
         self.accelerator.wait_for_everyone()
+        review = self.stage.review(figures, self.at_step, progress)
+        for sentence in review.sentences:
+            self._say(sentence)
+        if review.go_back:
+            self._go_back(self.good_step, "The guard steps in")
+            self._measure()
+        if review.good:
+            self.good_step = self.at_step
+            self._save()
 
-    def _told_to_stop(self, interruption: "Interruption") -> bool:
+    def _measure(self) -> dict[str, float]:
+        """Validate, and write it down."""
+        figures = self.stage.validate()
+        self.validation = {name if "[" in name else f"{name}[val]": value for name, value in figures.items()}
+        self.journal.write(self.at_step, self.pace.seconds, self.validation)
+        return figures
+
+    def _told_to_stop(self, interruption: Interruption) -> bool:
         """Whether a signal came; several processes agree on the step at which they stop."""
         if self.accelerator.num_processes == 1:
             return interruption.received is not None
@@ -196,98 +240,38 @@ class Run:
         self.accelerator.end_training()
 
 
-class Pace:
-    """How far a run is: by its steps, by the clock, or by whichever is further."""
-
-    def __init__(self, settings: TrainSettings, step: int, spent: float, accelerator: Accelerator):
-        self.steps, self.minutes, self.spent = settings.length, settings.max_minutes, spent
-        self.accelerator = accelerator
-        self.began = time.monotonic()
-        self.marks = [(step, self.began)]  # the last readings
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far, earlier sessions included."""
-        return self.spent + time.monotonic() - self.began
-
-    def progress(self, step: int) -> float:
-        """The share of the run that lies behind, 1 at its end; the same in every process."""
-        by_steps = 1.0 if self.steps == 0 else step / self.steps if self.steps else 0.0
-        if self.minutes is None:
-            return by_steps
-        shared = [max(by_steps, self.seconds / (60 * self.minutes))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(shared)
-        return min(shared[0], 1.0)
-
-    def rate(self, step: int) -> float:
-        """Steps a second over the last few readings."""
-        self.marks = [*self.marks[-20:], (step, time.monotonic())]
-        (first, then), (last, now) = self.marks[0], self.marks[-1]
-        return (last - first) / (now - then) if now > then else 0.0
-
-    def left(self, step: int) -> tuple[float, float]:
-        """Seconds to the end, and the share that lies behind, by this process's own clock."""
-        by_clock = self.seconds / (60 * self.minutes) if self.minutes else 0.0
-        progress = max(by_clock, step / self.steps if self.steps else 0.0)
-        return self.seconds * (1 - progress) / max(progress, 1e-6), min(progress, 1.0)
-
-
-class Interruption:
-    """Notes the first SIGINT or SIGTERM, so that a step can end and be saved; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self.since = 0.0
-        self.earlier: dict[int, Any] = {}
-
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM (where another process was told, 143 too)."""
-        return 128 + (self.received or signal.SIGTERM)
-
-    def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM"):
-                if number := getattr(signal, name, None):
-                    self.earlier[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        """A launcher may repeat SIGTERM, and hand on what we got already; only a later Ctrl-C means at once."""
-        if self.received is None:
-            self.received, self.since = number, time.monotonic()
-            print("\nStopping after this step; Ctrl-C once more stops at once.", flush=True)
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
-            raise KeyboardInterrupt
-
-
-def learning_rate_factor(settings: TrainSettings, step: int, progress: float) -> float:
-    """Linear warm-up over the first steps times a half cosine over the run, or 1; in (0, 1]."""
-    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    return warmup * (0.5 * (1 + math.cos(math.pi * progress)) if settings.lr_schedule == "cosine" else 1.0)
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW in its fused form (3.3 times the default's speed on a CPU), or plain SGD."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: TrainSettings, lr: float, betas: tuple[float, float] = (0.9, 0.99)
+) -> torch.optim.Optimizer:
+    """AdamW in its fused form (3.3 times the default's speed on a CPU), or plain SGD; `lr` is the peak of its rate."""
+    trained = [{"params": [p for p in parameters if p.requires_grad], "initial_lr": lr}]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(trained, lr=settings.lr)
-    decay = settings.weight_decay
+        return torch.optim.SGD(trained, lr=lr)
     fused = best_device().type != "mps"
-    return torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=settings.weight_decay, fused=fused)
 
 
 def update(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
-    """Clip, step and clear the gradients; returns the gradient norm before clipping."""
+    """Clip, step and clear the gradients; returns the gradient norm before clipping.
+
+    Where the norm is not finite the weights and the optimiser stay as they are, without waiting for the device.
+    """
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    _leave_out_unless(norm.isfinite(), getattr(optimizer, "optimizer", optimizer))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _leave_out_unless(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Make the next step do nothing where `good` is false: a fused optimiser is told, plain descent gets zeros."""
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad = torch.where(good, parameter.grad, 0.0)
 
 
 def _prepare(out: Path, settings: TrainSettings, exports: tuple[str, ...]) -> None:

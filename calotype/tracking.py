@@ -31,6 +31,12 @@ class Journal:
                 stream.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         self.accelerator.log(values, step=step)
 
+    def say(self, step: int, seconds: float, sentence: str) -> None:
+        """Append a sentence for the report."""
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": step, "seconds": round(seconds, 3), "said": sentence}) + "\n")
+
 
 class ProgressLine:
     """Step, rate, time left, loss and the last validation on one line; plain lines where there is no terminal."""

@@ -1,12 +1,12 @@
 """Settings of stage 1 and of the latent cache."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from calotype.config import DataSettings, Maybe, TrainSettings
+from calotype.config import DataSettings, Maybe, Settings, TrainSettings, fraction_of
 from calotype.settings import Source
 
 
@@ -30,10 +30,17 @@ class VaeSettings(TrainSettings, DataSettings):
     latent_channels: int = Field(4, ge=1, description="channels of the latent")
     attention: bool = Field(False, description="self-attention in the middle block")
     latent_dim: Maybe[int] = Field(None, ge=1, description="squeeze a picture into this many numbers (a 1x1 latent)")
-    regularizer: Literal["none", "kl", "vq", "fsq"] = Field("kl", description="of the latents")
-    posterior_std: float = Field(0.1, gt=0, description="fixed standard deviation of the KL posterior")
-    learn_variance: bool = Field(False, description="let the encoder give the posterior's variance instead")
-    beta: float = Field(1e-3, ge=0, description="weight of the regulariser, per pixel value")
+    regularizer: Literal["none", "kl", "tc", "vq", "fsq"] = Field("kl", description="of the latents")
+    beta: Maybe[float] = Field(None, ge=0, description="weight of KL in a bound on log p(x); 1 makes it the ELBO")
+    likelihood: Maybe[Literal["gaussian", "laplace", "bernoulli"]] = Field(
+        None, description="p(x|z) of such a bound (default: gaussian, where --beta or tc ask for a bound)"
+    )
+    likelihood_scale: Maybe[float] = Field(None, gt=0, description="its scale, pixels in [-1, 1] (default: learnt)")
+    gamma: float = Field(10.0, ge=0, description="weight of the total correlation (--regularizer tc)")
+    posterior_std: Maybe[float] = Field(
+        None, gt=0, description="fixed standard deviation of the posterior (default: learnt in a bound, else 0.1)"
+    )
+    learn_variance: bool = Field(False, description="let the encoder give the posterior's variance in any case")
     beta_warmup: int = Field(0, ge=0, description="steps over which beta grows from 0")
     free_bits: float = Field(0.0, ge=0, description="nats that each element of the latent may hold for nothing")
     free_bits_per_sample: bool = Field(False, description="an allowance for each picture instead of the batch's mean")
@@ -41,9 +48,55 @@ class VaeSettings(TrainSettings, DataSettings):
     commitment: float = Field(0.25, ge=0, description="weight of the VQ commitment term")
     levels: str = Field("8,5,5,5", pattern=r"^\d+(,\d+)*$", description="values of each FSQ channel")
     corruption: Maybe[str] = Field(None, description="damage the input: gaussian:STD, mask:SHARE or salt:SHARE")
-    reconstruction: Literal["l1", "mse"] = Field("mse", description="reconstruction loss")
+    reconstruction: Maybe[Literal["l1", "mse"]] = Field(None, description="error without a bound (default: mse)")
+    perceptual: Literal["none", "features", "lpips"] = Field("none", description="perceptual loss")
+    perceptual_weight: float = Field(1.0, gt=0, description="its weight")
+    allow_download: bool = Field(False, description="fetch the weights of --perceptual lpips if they are not here")
+    adversarial: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 for none, 0.5 is usual")
+    adversarial_start: str = Field("0.5", description="share of the run after which it begins, or plateau")
+    adversarial_pretraining: int = Field(200, ge=0, description="steps of the discriminator before the decoder sees it")
+    adversarial_cap: float = Field(100.0, gt=0, description="largest adaptive weight")
+    r1: float = Field(0.1, ge=0, description="weight of the discriminator's gradient penalty on real pictures")
+    max_psnr_drop: float = Field(1.5, gt=0, description="dB that sharpness may cost before the run goes back")
+    discriminator_lr: Maybe[float] = Field(None, gt=0, description="of the critic (default: a tenth of --lr)")
     flip: bool = Field(False, description="mirror half of the pictures")
     workers: int = Field(0, ge=0, description="processes that decode pictures; 0 decodes in the main one")
+
+    @model_validator(mode="after")
+    def _one_error(self) -> Self:
+        if self.bound and self.reconstruction:
+            likelihood = {"l1": "laplace", "mse": "gaussian"}[self.reconstruction]
+            raise ValueError(
+                f"--reconstruction {self.reconstruction} is no part of a bound, which --beta, --likelihood or tc ask "
+                f"for; give --likelihood {likelihood} in its place."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _start_is_a_share_or_a_plateau(self) -> Self:
+        share = fraction_of(self.adversarial_start)
+        if self.adversarial_start != "plateau" and (share is None or not 0 <= share < 1):
+            raise ValueError(
+                f"--adversarial-start {self.adversarial_start} must be a share from 0 to 1, or plateau; try 0.5."
+            )
+        return self
+
+    @property
+    def bound(self) -> bool:
+        """Whether the loss is a bound on log p(x) in nats rather than an error with a weak pull on the latents."""
+        return self.likelihood is not None or self.beta is not None or self.regularizer == "tc"
+
+    @property
+    def likelihood_kind(self) -> str:
+        """Name of p(x|z)."""
+        return self.likelihood or "gaussian"
+
+    @property
+    def fixed_posterior_std(self) -> float | None:
+        """The standard deviation that every posterior has; None where the encoder gives it."""
+        if self.learn_variance or (self.bound and self.posterior_std is None):
+            return None
+        return self.posterior_std or 0.1
 
 
 class EncodeSettings(DataSettings):
@@ -58,3 +111,32 @@ class EncodeSettings(DataSettings):
     seed: int = Field(0, ge=0, description="seed of a procedural source")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     fresh: bool = Field(False, description="encode again even if the cache is complete")
+
+
+class EmbedSettings(DataSettings):
+    """Write the code of every picture into one file; where there are labels, see how well codes tell them apart."""
+
+    source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
+    vae: Path = Field(description="autoencoder (a diffusers folder)")
+    out: Path = Field(description="file that gets the codes: .npz or .parquet")
+    batch_size: int = Field(128, ge=1, description="pictures encoded at once")
+    seed: int = Field(0, ge=0, description="seed of a procedural source, and of the untrained encoder")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+    fresh: bool = Field(False, description="replace --out if it is there")
+
+
+class TokensSettings(EmbedSettings):
+    """Write every picture as a grid of code numbers into one file; needs an autoencoder with a codebook."""
+
+    out: Path = Field(description="file that gets the tokens: .npz")
+    seed: int = Field(0, ge=0, description="seed of a procedural source")
+
+
+class ConvertSettings(Settings):
+    """Turn a latent-diffusion checkpoint of an autoencoder into a folder for --init and --vae."""
+
+    file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]] = Field(
+        description="checkpoint from elsewhere (.ckpt, .pt, .pth, .bin or .safetensors), its autoencoder alone or not"
+    )
+    out: Path = Field(description="folder of the autoencoder")
+    image_size: int = Field(256, ge=1, description="side of the pictures it is meant for; kept in its config")

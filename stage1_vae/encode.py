@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from calotype import device
-from calotype.autoencoder import Vae, load_autoencoder
+from calotype.autoencoder import Vae, load_autoencoder, posterior
 from calotype.checkpoint import weights_hash, write_text
 from calotype.data import Pictures
 from calotype.errors import UserError
@@ -111,12 +111,3 @@ def _encode(vae: Vae, pictures: Pictures, numbers: range, settings: EncodeSettin
                 moments |= {f"{name}_flipped": value for name, value in posterior(vae, x.flip(-1)).items()}
         found.append({name: value.cpu().half() for name, value in moments.items()})
     return {name: torch.cat([moments[name] for moments in found]) for name in found[0]}
-
-
-def posterior(vae: Vae, x: Tensor) -> dict[str, Tensor]:
-    """Mean and standard deviation (B, c, h, w) of q(z|x); for VQ the quantised latent as the mean, and no deviation."""
-    if isinstance(vae, VQModel):
-        h = vae.encode(x).latents.float()
-        return {"mean": vae.quantize(h)[0]}
-    distribution = vae.encode(x).latent_dist
-    return {"mean": distribution.mean.float(), "std": distribution.std.float()}

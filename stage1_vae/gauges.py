@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
-from calotype.metrics import psnr
 
+class Mean:
+    """The mean of one figure over pictures."""
 
-class Psnr:
-    """Mean PSNR of pictures, in decibels."""
-
-    def __init__(self, name: str = "psnr"):
+    def __init__(self, name: str):
         self.name, self.total = name, torch.zeros(2, dtype=torch.float64)
 
-    def add(self, x_hat: Tensor, x: Tensor) -> None:
-        """Take in pictures (B, C, H, W) in [-1, 1]."""
-        values = psnr(x_hat, x).double().cpu()
+    def add(self, values: Tensor) -> None:
+        """Take in a value (B,) for each picture."""
+        values = values.double().cpu()
         self.total += torch.stack([values.sum(), values.new_tensor(len(values))])
 
     def figures(self, total: Tensor) -> dict[str, float]:
@@ -40,7 +38,10 @@ class CodeUse:
 
 
 class ActiveUnits:
-    """Share of the latent's elements whose posterior mean varies over the data (Burda et al. 2016: variance > 0.01)."""
+    """Share of the latent's elements whose posterior mean varies over the data (Burda et al. 2016: variance > 0.01).
+
+    And the standard deviation of the latents about the mean of their channel.
+    """
 
     threshold = 0.01
 
@@ -53,6 +54,8 @@ class ActiveUnits:
         self.total += torch.stack([mean.sum(0), mean.square().sum(0), torch.full_like(mean[0], len(mean))])
 
     def figures(self, total: Tensor) -> dict[str, float]:
-        """The share in [0, 1]."""
+        """The share in [0, 1], and the deviation."""
         mean, square = total[:2] / total[2]
-        return {"active_units": (square - mean**2 > self.threshold).double().mean().item()}
+        active = (square - mean**2 > self.threshold).double().mean().item()
+        variance = square.mean((1, 2)) - mean.mean((1, 2)) ** 2
+        return {"active_units": active, "latent_std": variance.mean().clamp_min(0).sqrt().item()}

@@ -7,11 +7,12 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from calotype.autoencoder import Vae, downsampling, load_autoencoder
+from calotype.autoencoder import Vae, crop, downsampling, load_autoencoder, pad
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.stage1_vae.config import VaeSettings
-from calotype.stage1_vae.regularizers import KL, FiniteScalar, Identity, VectorQuantization
+from calotype.stage1_vae.likelihoods import Likelihood
+from calotype.stage1_vae.regularizers import KL, FiniteScalar, Identity, Terms, VectorQuantization
 
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
 
@@ -21,29 +22,31 @@ class Reconstruction(NamedTuple):
 
     x_hat: Tensor  # (B, C, H, W)
     z: Tensor  # (B, c, h, w)
-    penalty: Tensor  # (B,), what the regulariser asks for each example
+    terms: Terms  # (B,) each: what the regulariser asks for each example
+    log_scale: Tensor | None  # of the likelihood, where one is learnt
 
 
 class Autoencoder(nn.Module):
     """Encoder, regulariser and decoder in one forward, so that wrapping it synchronises every gradient."""
 
-    def __init__(self, vae: Vae, regularizer: nn.Module):
+    def __init__(self, vae: Vae, regularizer: nn.Module, likelihood: Likelihood | None = None):
         super().__init__()
-        self.vae, self.regularizer = vae, regularizer
+        self.vae, self.regularizer, self.likelihood = vae, regularizer, likelihood
+        self.factor = downsampling(vae)
 
     def forward(self, x: Tensor, eps: Tensor) -> Reconstruction:
         """Pictures x (B, C, H, W) in [-1, 1] and noise eps (B, c, h, w) for the posterior."""
-        h = self.encode(x)
-        z, penalty = self.regularizer(h, eps)
-        return Reconstruction(self.decode(z), z, penalty)
+        z, terms = self.regularizer(self.encode(x), eps)
+        scale = self.likelihood.log_scale if self.likelihood else None
+        return Reconstruction(self.decode(z, tuple(x.shape[2:])), z, terms, scale)
 
     def encode(self, x: Tensor) -> Tensor:
         """What the regulariser takes: mean and log-variance (B, 2c, h, w), or unquantised latents (B, c, h, w)."""
-        return self.vae.quant_conv(self.vae.encoder(x)).float()
+        return self.vae.quant_conv(self.vae.encoder(pad(x, self.factor))).float()
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of latents (B, c, h, w)."""
-        return self.vae.decoder(self.vae.post_quant_conv(z))
+    def decode(self, z: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pictures (B, C, *size) of latents (B, c, h, w)."""
+        return crop(self.vae.decoder(self.vae.post_quant_conv(z)), size)
 
 
 def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoencoder:
@@ -52,17 +55,18 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
         torch.manual_seed(key(settings.seed, "init"))
         vae = load_autoencoder(settings.init, "--init") if settings.init else _fresh(settings, channels, size)
     check_fits(vae, channels, size)
-    return Autoencoder(vae, _regularizer(settings, vae))
+    likelihood = Likelihood(settings.likelihood_kind, settings.likelihood_scale) if settings.bound else None
+    return Autoencoder(vae, _regularizer(settings, vae), likelihood)
 
 
 def _regularizer(settings: VaeSettings, vae: Vae) -> nn.Module:
     if settings.regularizer == "fsq" and not settings.init:
         return FiniteScalar(vae.quantize.embedding, fsq_levels(settings))
     if isinstance(vae, VQModel):
-        return VectorQuantization(vae.quantize.embedding, settings.commitment)
+        return VectorQuantization(vae.quantize.embedding)
     if settings.regularizer == "none":
         return Identity()
-    std = None if settings.init or settings.learn_variance else settings.posterior_std
+    std = None if settings.init else settings.fixed_posterior_std
     return KL(std, settings.free_bits, settings.free_bits_per_sample)
 
 
@@ -70,13 +74,13 @@ def latent_shape(vae: Vae, size: tuple[int, int]) -> tuple[int, int, int]:
     """Shape (c, h, w) of the latents of pictures of that (height, width)."""
     factor = downsampling(vae)
     channels = vae.config.vq_embed_dim if isinstance(vae, VQModel) else vae.config.latent_channels
-    return (channels or vae.config.latent_channels, size[0] // factor, size[1] // factor)
+    return (channels or vae.config.latent_channels, max(size[0] // factor, 1), max(size[1] // factor, 1))
 
 
 def check_fits(vae: Vae, channels: int, size: tuple[int, int]) -> None:
     """Raise UserError if the autoencoder cannot take pictures of this kind."""
     factor = downsampling(vae)
-    if size[0] % factor or size[1] % factor:
+    if (size[0] % factor or size[1] % factor) and not _one_code(vae, size):
         near = "x".join(str(max(factor, side // factor * factor)) for side in size)
         raise UserError(
             f"--image-size {size[0]}x{size[1]} must be a multiple of {factor}, the autoencoder's --factor; try {near}."
@@ -86,6 +90,11 @@ def check_fits(vae: Vae, channels: int, size: tuple[int, int]) -> None:
             f"the autoencoder takes {vae.config.in_channels} channels and the pictures have {channels}; "
             f"give --channels {vae.config.in_channels} when the data sheet is made."
         )
+
+
+def _one_code(vae: Vae, size: tuple[int, int]) -> bool:
+    """Whether the autoencoder was made to squeeze whole pictures of this size, with a border, into a 1x1 latent."""
+    return max(size) == vae.config.sample_size and max(size) <= downsampling(vae) < 2 * max(size)
 
 
 def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
@@ -113,17 +122,11 @@ def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
 
 
 def _bottleneck(settings: VaeSettings, size: tuple[int, int]) -> tuple[int, int]:
-    """How far the sides shrink, and the channels of the latent."""
+    """How far the sides shrink, and the channels of the latent; a code of 1x1 takes the next power of two."""
     if settings.latent_dim is None:
         levels = fsq_levels(settings)
         return settings.factor, len(levels) if settings.regularizer == "fsq" else settings.latent_channels
-    if size[0] != size[1] or size[0] & (size[0] - 1):
-        power = 1 << (max(size) - 1).bit_length()
-        raise UserError(
-            f"--latent-dim {settings.latent_dim} needs square pictures whose side is a power of two, not "
-            f"{size[0]}x{size[1]}; make the data sheet with --image-size {power} --fit pad."
-        )
-    return size[0], settings.latent_dim
+    return 1 << (max(size) - 1).bit_length(), settings.latent_dim
 
 
 def fsq_levels(settings: VaeSettings) -> tuple[int, ...]:

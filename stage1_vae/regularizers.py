@@ -1,7 +1,8 @@
 """What keeps the latents in order: nothing, a Kullback-Leibler term, a codebook, or a grid.
 
-Each maps the encoder's output h and noise eps to the latent z that is decoded and a penalty (B,) for each example.
-`after_step` is called once an optimiser step, when every micro-batch has been seen.
+Each maps the encoder's output h and noise eps to the latent z that is decoded and its terms of the loss, by name, one
+value (B,) for each example. `after_step` is called once an optimiser step, when every micro-batch has been seen; `good`
+(a boolean tensor) says whether the step was taken or left out because its gradient was not finite.
 """
 
 import math
@@ -10,6 +11,8 @@ import torch
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
+Terms = dict[str, Tensor]
+
 
 class Identity(nn.Module):
     """A plain autoencoder: z is the mean that the encoder gives, and nothing is asked of it."""
@@ -17,12 +20,15 @@ class Identity(nn.Module):
     name = "none"
     fixed_log_variance = -30.0  # what the saved encoder reports: none at all
 
-    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Terms]:
         """h (B, 2c, h, w): mean and log-variance, the second unused."""
-        mean, _ = h.chunk(2, dim=1)
-        return mean, mean.new_zeros(len(mean))
+        return self.mode(h), {}
 
-    def after_step(self) -> None:
+    def mode(self, h: Tensor) -> Tensor:
+        """z without noise."""
+        return h.chunk(2, dim=1)[0]
+
+    def after_step(self, good: Tensor) -> None:
         """Nothing to do."""
 
 
@@ -43,18 +49,29 @@ class KL(nn.Module):
         self.fixed_log_variance = None if posterior_std is None else 2 * math.log(posterior_std)
         self.free_bits, self.per_sample = free_bits, per_sample
 
-    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Terms]:
         """h (B, 2c, h, w): mean and log-variance; z = mean + std * eps (reparameterisation)."""
+        z, terms = self._sample(h, eps)
+        return z, {"kl": self._above_the_floor(terms).flatten(1).sum(1)}
+
+    def mode(self, h: Tensor) -> Tensor:
+        """z without noise: the posterior's mean."""
+        return h.chunk(2, dim=1)[0]
+
+    def sample(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, c, h, w) of the posterior, and KL(q || p) (B,) in nats without free bits."""
+        z, terms = self._sample(h, eps)
+        return z, terms.flatten(1).sum(1)
+
+    def after_step(self, good: Tensor) -> None:
+        """Nothing to do."""
+
+    def _sample(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = h.chunk(2, dim=1)
         if self.fixed_log_variance is not None:
             logvar = torch.full_like(mean, self.fixed_log_variance)
         logvar = logvar.clamp(-30, 20)  # as diffusers' DiagonalGaussianDistribution does
-        z = mean + torch.exp(0.5 * logvar) * eps
-        terms = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-        return z, self._above_the_floor(terms).flatten(1).sum(1)
-
-    def after_step(self) -> None:
-        """Nothing to do."""
+        return mean + torch.exp(0.5 * logvar) * eps, 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
 
     def _above_the_floor(self, terms: Tensor) -> Tensor:
         """max(free_bits, KL_j) for the terms (B, c, h, w); the gradient below the floor is exactly zero."""
@@ -76,19 +93,23 @@ class VectorQuantization(nn.Module):
     decay = 0.98
     revive_below = 0.03  # of the share that each vector would have if all were chosen equally
 
-    def __init__(self, embedding: nn.Embedding, commitment: float):
+    def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self.embedding, self.commitment = embedding.requires_grad_(False), commitment
+        self.embedding = embedding.requires_grad_(False)
         self.average = CodebookAverage(embedding.weight)
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Terms]:
         """h (B, c, h, w); eps (B, c, h, w) only decides where dead vectors move to."""
         numbers = self.indices(h)
         e = self.lookup(numbers)
         if self.training and torch.is_grad_enabled():
             self.seen.append((_rows(h.detach()), numbers.flatten(), eps[:, 0].flatten()))
-        return h + (e - h).detach(), self.commitment * (e - h).square().flatten(1).mean(1)
+        return h + (e - h).detach(), {"commitment": (e - h).square().flatten(1).mean(1)}
+
+    def mode(self, h: Tensor) -> Tensor:
+        """The nearest code vectors (B, c, h, w)."""
+        return self.lookup(self.indices(h))
 
     @torch.no_grad()
     def indices(self, h: Tensor) -> Tensor:
@@ -102,10 +123,11 @@ class VectorQuantization(nn.Module):
         return self.embedding(numbers).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Move the codebook after an optimiser step."""
+    def after_step(self, good: Tensor) -> None:
+        """Move the codebook after an optimiser step; one that was left out counts as if every vector stayed."""
         rows, numbers, priority = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
+        rows = torch.where(good, rows, self.embedding(numbers))
         counts, sums = (reduce(total, "sum") for total in _totals(rows, numbers, self.embedding.num_embeddings))
         self.average.update(counts, sums, self.decay)
         self.embedding.weight.copy_(self.average.codes())
@@ -180,15 +202,18 @@ class FiniteScalar(nn.Module):
         with torch.no_grad():
             embedding.weight.copy_(torch.cartesian_prod(*axes).reshape(-1, len(levels)))
 
-    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Terms]:
         """h (B, c, h, w); eps is not used. Outside [-1, 1] the gradient is that of the clamp: none."""
         bounded = h.clamp(-1, 1)
-        code = ((bounded + 1) * self.steps).round() / self.steps - 1
-        return bounded + (code - bounded).detach(), h.new_zeros(len(h))
+        return bounded + (self.mode(h) - bounded).detach(), {}
+
+    def mode(self, h: Tensor) -> Tensor:
+        """The nearest points of the grid (B, c, h, w)."""
+        return ((h.clamp(-1, 1) + 1) * self.steps).round() / self.steps - 1
 
     indices = VectorQuantization.indices
 
-    def after_step(self) -> None:
+    def after_step(self, good: Tensor) -> None:
         """Nothing to do."""
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,22 +12,27 @@ from PIL import Image
 from torch import Tensor
 
 from calotype import device, loop
+from calotype.autoencoder import Facts, write_facts
 from calotype.checkpoint import publish
 from calotype.config import PRESET_IMAGE_SIZE
 from calotype.data import Batch, PictureBatches, Pictures, evenly_spaced, micro_batches, share_of
-from calotype.images import denormalize, image_grid, normalize
-from calotype.randomness import key, normal
+from calotype.images import normalize
+from calotype.randomness import normal
 from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
-from calotype.stage1_vae import folding, models
+from calotype.stage import Review
+from calotype.stage1_vae import folding, models, perceptual, start
+from calotype.stage1_vae.adversary import Adversary
 from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.corruption import parse_corruption
-from calotype.stage1_vae.gauges import ActiveUnits, CodeUse, Psnr
+from calotype.stage1_vae.diagnoses import Diagnoses
+from calotype.stage1_vae.held_out import HeldOut
 from calotype.stage1_vae.losses import RECONSTRUCTION
 from calotype.stage1_vae.regularizers import KL, VectorQuantization
+from calotype.stage1_vae.total_correlation import TotalCorrelation
 
-_VALIDATION_PICTURES = 512
 _STATISTICS_PICTURES = 16_384  # enough for a relative error of the deviation well below 1 %
-_SHEET_PICTURES = 16
+_START_PICTURES = 256
+_WEAK_PULL = 1e-3  # on the latents of an autoencoder for diffusion, where no bound is asked for
 
 
 class VaeStage:
@@ -38,163 +44,223 @@ class VaeStage:
     def __init__(self, settings: VaeSettings, sheet: Sheet, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
         self.share = share_of(accelerator, settings.batch_size, settings.micro_batches)
-        self.pictures, self.held_out = Pictures(sheet, "train"), Pictures(sheet, "val")
+        self.pictures = Pictures(sheet, "train")
         size = tuple(sheet.image_size)
         self.model = models.build(settings, sheet.channels, size)
         if settings.init and not isinstance(self.model.vae, VQModel):
             folding.ensure_quant_convs(self.model.vae)
         device.choose_attention(self.model)
         self.latent_shape = models.latent_shape(self.model.vae, size)
-        self.reconstruction = RECONSTRUCTION[settings.reconstruction]
+        self.reconstruction = RECONSTRUCTION[settings.reconstruction or "mse"]
         self.corrupt = parse_corruption(settings.corruption)
         self.values = sheet.channels * size[0] * size[1]
         self.batch_source = PictureBatches(self.pictures, seed=settings.seed, flip=settings.flip)
-        self._start_codebook()
-        self.models = {"vae": self.model.vae}  # holds every parameter, a codebook included
-        if isinstance(self.model.regularizer, VectorQuantization):
-            self.models["codebook"] = self.model.regularizer.average
-        self.averages = {}
+        if not settings.init:
+            x = self.take(self.pictures, evenly_spaced(len(self.pictures), _START_PICTURES)).cpu()
+            start.prepare(self.model, x, settings.seed)
+        self.perceptual = perceptual.build(settings, accelerator.device)
+        self.adversary = Adversary(settings, sheet.channels, size, accelerator) if settings.adversarial else None
+        self.correlation = self._total_correlation()
+        self.diagnoses = Diagnoses()
+        self.models, self.averages = self._models(), {}
         self.identity = {"the data": sheet.fingerprint}
-        optimizer = loop.make_optimizer(self.model, settings)
+        optimizer = loop.make_optimizer(self.model.parameters(), settings, settings.lr)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.optimizers = {"vae": self.optimizer.optimizer}
+        self.optimizers = {"vae": self.optimizer.optimizer} | self._critics("optimizer")
+        self.held_out = HeldOut(self, Pictures(sheet, "val"))
+        self.state: dict[str, Any] = {"diagnoses": self.diagnoses.state}
+        if self.adversary:
+            self.state["adversary"] = self.adversary.state
+
+    def _total_correlation(self) -> TotalCorrelation | None:
+        if self.settings.regularizer != "tc":
+            return None
+        return TotalCorrelation(self.settings, torch.Size(self.latent_shape).numel(), self.accelerator)
+
+    def _models(self) -> dict[str, torch.nn.Module]:
+        """Everything that is learnt and the codebook's averages, by the name it has in a checkpoint."""
+        found: dict[str, torch.nn.Module] = {"vae": self.model.vae}
+        if isinstance(self.model.regularizer, VectorQuantization):
+            found["codebook"] = self.model.regularizer.average
+        if self.model.likelihood:
+            found["likelihood"] = self.model.likelihood
+        if self.adversary:
+            found["discriminator"] = self.adversary.discriminator
+        if self.correlation:
+            found["critic"] = self.correlation.critic
+        return found
+
+    def _critics(self, attribute: str) -> dict[str, Any]:
+        critics = {"discriminator": self.adversary, "critic": self.correlation}
+        return {name: getattr(critic, attribute) for name, critic in critics.items() if critic}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Pictures of this process from `step` on."""
         return self.batch_source.from_step(step, self.share, self.settings.workers)
 
+    # The step
+
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on pictures (B, C, H, W)."""
+        figures = self.backward(batch, step)
+        phase = self.adversary.phase(step) if self.adversary else "waiting"
+        if phase == "pretraining":
+            return figures | {"gradient_norm": self.adversary.update()}
+        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip).detach()
+        self.model.regularizer.after_step(norm.isfinite())
+        if phase == "playing":
+            self.adversary.update()
+        if self.correlation:
+            figures |= self.correlation.update(step)
+        return figures | {"gradient_norm": norm}
+
+    def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The gradients of a step, and its figures as means over this process's pictures."""
         parts = self.settings.micro_batches
-        figures: list[dict[str, Tensor]] = []
-        for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts):
-            loss, terms = self.loss(part, step)
-            self.accelerator.backward(loss / parts)
-            figures.append(terms)
-        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
-        self.model.regularizer.after_step()
-        means = {name: torch.stack([terms[name] for terms in figures]).mean() for name in figures[0]}
-        return means | {"gradient_norm": norm.detach()}
+        figures = [
+            self._backward(part, step)
+            for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts)
+        ]
+        return {name: torch.stack([values[name] for values in figures]).mean() for name in figures[0]}
 
-    def penalty_weight(self, step: int) -> float:
-        """Weight of the regulariser: for the KL term beta, grown over the warm-up and shared out over the values.
+    def forget(self) -> None:
+        """Clear the gradients and what the regulariser and the critic have seen."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._critics("optimizer").values():
+            optimizer.zero_grad(set_to_none=True)
+        for memory in (self.model.regularizer, self.correlation):
+            getattr(memory, "seen", []).clear()
 
-        beta at step s is min(1, s / warm-up) * beta (Bowman et al. 2016); a penalty in nats over the number of values
-        lets beta mean the same at any picture size.
-        """
-        if not isinstance(self.model.regularizer, KL):
-            return 1.0
-        warmup = self.settings.beta_warmup
-        return self.settings.beta / self.values * (min(1.0, step / warmup) if warmup else 1.0)
-
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a batch, and its terms: reconstruction + weight * penalty."""
-        x = normalize(batch.x)
-        eps = normal(self.settings.seed, "posterior", batch.start, len(x), self.latent_shape)
-        eps = eps.to(x.device, non_blocking=True)
-        damaged = self.corrupt(x, self.settings.seed, batch.start, "train") if self.corrupt else x
+    def _backward(self, part: Batch, step: int) -> dict[str, Tensor]:
+        """Gradients of one micro-batch; one walk through the autoencoder, whatever looks at its output."""
+        parts = self.settings.micro_batches
+        x, damaged, eps = self._inputs(part)
+        phase = self.adversary.phase(step) if self.adversary else "waiting"
+        if phase == "pretraining":
+            with torch.no_grad():
+                out = self.wrapped(damaged, eps)
+            return self.adversary.pretrain(out.x_hat, x, step, parts)
         out = self.wrapped(damaged, eps)
-        reconstruction = self.reconstruction(out.x_hat, x).mean()
-        penalty = out.penalty.mean()
-        loss = reconstruction + self.penalty_weight(step) * penalty
-        terms = {"loss": loss, "reconstruction": reconstruction, self.model.regularizer.name: penalty}
-        return loss, {name: value.detach() for name, value in terms.items()}
+        fidelity = {name: value.mean() for name, value in self.fidelity(out, x).items()}
+        asked = {name: value.mean() for name, value in self.asked(out).items()}
+        weights = self.weights(step)
+        error = sum(weights[name] * value for name, value in fidelity.items())
+        price = sum(weights[name] * value for name, value in asked.items())
+        figures = {"loss": error + price} | fidelity | asked
+        if phase == "playing":
+            last = self.model.vae.decoder.conv_out.weight
+            error, more = self.adversary.single_pass(out, x, error, last, step, parts)
+            figures |= more
+        self.accelerator.backward((error + price) / parts)
+        return {name: torch.as_tensor(value).detach() for name, value in figures.items()}
 
-    @torch.no_grad()
+    def _inputs(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The target, the encoder's input (B, C, H, W) and the posterior's noise (B, c, h, w)."""
+        x = normalize(part.x)
+        eps = normal(self.settings.seed, "posterior", part.start, len(x), self.latent_shape)
+        damaged = self.corrupt(x, self.settings.seed, part.start, "train") if self.corrupt else x
+        return x, damaged, eps.to(x.device, non_blocking=True)
+
+    def fidelity(self, out: models.Reconstruction, x: Tensor) -> dict[str, Tensor]:
+        """What compares x_hat with x, by name, (B,) each: an error or nats per value, and a perceptual distance."""
+        if self.model.likelihood:
+            terms = {"nats": self.model.likelihood(out.x_hat, x, out.log_scale) / self.values}
+        else:
+            terms = {"reconstruction": self.reconstruction(out.x_hat, x)}
+        if self.perceptual:
+            with torch.no_grad():
+                target = self.perceptual.features(x)
+            terms["perceptual"] = self.perceptual.distance(self.perceptual.features(out.x_hat), target)
+        return terms
+
+    def asked(self, out: models.Reconstruction) -> dict[str, Tensor]:
+        """What is asked of the latents, by name, (B,) each."""
+        return out.terms | ({"tc": self.correlation.term(out.z)} if self.correlation else {})
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The weight of each term of the loss.
+
+        A term in nats counts over the number of values, so that beta means the same at any picture size. beta at step s
+        is min(1, s / warm-up) * beta (Bowman et al. 2016).
+        """
+        settings = self.settings
+        beta = (1.0 if settings.beta is None else settings.beta) if settings.bound else _WEAK_PULL
+        warmup = min(1.0, step / settings.beta_warmup) if settings.beta_warmup else 1.0
+        return {
+            "nats": 1.0,
+            "reconstruction": 1.0,
+            "perceptual": settings.perceptual_weight,
+            "kl": warmup * beta / self.values,
+            "tc": settings.gamma / self.values,
+            "commitment": settings.commitment,
+        }
+
+    # What the loop asks for now and then
+
     def validate(self) -> dict[str, float]:
         """Figures over held-out pictures, shared out over the processes."""
-        gauges = self._gauges()
-        chosen = evenly_spaced(len(self.held_out), _VALIDATION_PICTURES)
-        for first in range(self.share.rank * 64, len(chosen), self.share.world * 64):
-            self._measure(gauges, self._batch(self.held_out, chosen[first : first + 64]), first)
-        figures: dict[str, float] = {}
-        for gauge in gauges.values():
-            total = self.accelerator.reduce(gauge.total.float().to(self.accelerator.device), "sum")
-            figures |= gauge.figures(total.cpu())
-        return figures
+        return self.held_out.figures()
 
-    def _gauges(self) -> dict[str, Psnr | CodeUse | ActiveUnits]:
-        gauges: dict[str, Psnr | CodeUse | ActiveUnits] = {"psnr": Psnr()}
-        if isinstance(self.model.vae, VQModel):
-            gauges["codes"] = CodeUse(self.model.vae.config.num_vq_embeddings)
-        else:
-            gauges["active"] = ActiveUnits(self.latent_shape)
-        if self.corrupt:
-            gauges |= {"damaged": Psnr("psnr_damaged"), "denoised": Psnr("psnr_denoised")}
-        return gauges
+    def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
+        """Diagnoses, and what the guard of the adversarial phase says."""
+        guard = self.adversary.review(figures, step, progress) if self.adversary else Review()
+        return guard._replace(sentences=(*self.diagnoses.of(figures, progress), *guard.sentences))
 
-    def _measure(self, gauges: dict, x: Tensor, first: int) -> None:
-        """Take in pictures (B, C, H, W); `first` is the place of the first among those chosen."""
-        h = self._encode(x)
-        gauges["psnr"].add(self._decode(h), x)
-        if "codes" in gauges:
-            gauges["codes"].add(self.model.regularizer.indices(h))
-        else:
-            gauges["active"].add(h.chunk(2, dim=1)[0])
-        if self.corrupt:
-            damaged = self.corrupt(x, self.settings.seed, first, "validation")
-            gauges["damaged"].add(damaged.clamp(-1, 1), x)
-            gauges["denoised"].add(self._decode(self._encode(damaged)), x)
-
-    @torch.no_grad()
     def preview(self) -> Image.Image:
-        """Held-out pictures above their reconstructions; a denoising autoencoder is shown damaged ones."""
-        x = self._batch(self.held_out, evenly_spaced(len(self.held_out), _SHEET_PICTURES))
-        rows = {"input": x}
-        if self.corrupt:
-            rows["damaged"] = self.corrupt(x, self.settings.seed, 0, "validation")
-        rows["output"] = self._decode(self._encode(rows.get("damaged", x)))
-        sheet = denormalize(torch.cat(list(rows.values())).cpu())
-        return image_grid(sheet, columns=len(x), row_labels=list(rows))
+        """Held-out pictures above their reconstructions."""
+        return self.held_out.sheet()
 
     def export(self, folder: Path) -> None:
-        """Fold the latent statistics and write the autoencoder as folder/vae."""
+        """Fold the latent statistics and write the autoencoder, and the facts a bound needs, as folder/vae."""
         vae = self.model.vae.eval()
         log_variance = getattr(self.model.regularizer, "fixed_log_variance", None)
         if log_variance is not None:
             folding.fix_variance(vae, log_variance)
-        folding.fold(vae, self._statistics())
+        statistics = self._statistics()
+        folding.fold(vae, statistics)
         temporary = folder / ".vae"
         vae.save_pretrained(temporary, safe_serialization=True)
+        write_facts(temporary, self._facts(statistics))
         publish(temporary, folder / "vae")
+
+    def _facts(self, statistics: folding.Statistics) -> Facts:
+        if not (self.model.likelihood and isinstance(self.model.regularizer, KL)):
+            return Facts()
+        mean, std = statistics
+        return Facts(
+            likelihood=self.model.likelihood.kind,
+            scale=self.model.likelihood.scale,
+            prior_mean=(-mean / std).tolist(),
+            prior_std=(1 / std).tolist(),
+        )
 
     @torch.no_grad()
     def _statistics(self) -> folding.Statistics:
         """Statistics of the latents over the training pictures (at most 16,384 of them, spread evenly)."""
         running = folding.RunningStatistics()
-        for numbers in _chunks(evenly_spaced(len(self.pictures), _STATISTICS_PICTURES), 128):
-            x = self._batch(self.pictures, numbers)
-            h = self._encode(x)
+        numbers = evenly_spaced(len(self.pictures), _STATISTICS_PICTURES)
+        for i in range(0, len(numbers), 128):
+            h = self.encode(self.take(self.pictures, numbers[i : i + 128]))
             if isinstance(self.model.vae, VQModel):
-                running.add(self.model.regularizer(h, h)[0])
+                running.add(self.model.regularizer.mode(h))
             else:
                 mean, logvar = h.chunk(2, dim=1)
                 running.add(mean, logvar.clamp(-30, 20).cpu().double().exp())
         return running.result()
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """What the regulariser takes, of pictures (B, C, H, W)."""
         with device.autocast(self.settings.precision):
             return self.model.encode(x)
 
-    def _decode(self, h: Tensor) -> Tensor:
-        """x_hat (B, C, H, W), clamped, from the posterior's mean."""
-        z, _ = self.model.regularizer(h, torch.zeros(len(h), *self.latent_shape, device=h.device))
+    def decode(self, z: Tensor, size: tuple[int, int]) -> Tensor:
+        """x_hat (B, C, *size), clamped, of latents (B, c, h, w)."""
         with device.autocast(self.settings.precision):
-            return self.model.decode(z).float().clamp(-1, 1)
+            return self.model.decode(z, size).float().clamp(-1, 1)
 
-    def _batch(self, pictures: Pictures, numbers: list[int]) -> Tensor:
+    def take(self, pictures: Pictures, numbers: list[int]) -> Tensor:
+        """Some pictures (B, C, H, W) in [-1, 1] on the device."""
         return normalize(torch.stack([pictures[i] for i in numbers]).to(self.accelerator.device))
-
-    @torch.no_grad()
-    def _start_codebook(self) -> None:
-        """Begin VQ from codes of real pictures; a resumed run overwrites them."""
-        if isinstance(self.model.regularizer, VectorQuantization) and not self.settings.init:
-            numbers = evenly_spaced(len(self.pictures), 256)
-            parts = (torch.stack([self.pictures[i] for i in part]) for part in _chunks(numbers, 16))
-            h = torch.cat([self.model.encode(normalize(x)) for x in parts])
-            generator = torch.Generator().manual_seed(key(self.settings.seed, "codebook"))
-            self.model.regularizer.start_from(h, generator)
 
 
 def main(settings: VaeSettings) -> None:
@@ -208,11 +274,6 @@ def main(settings: VaeSettings) -> None:
     if accelerator.is_main_process:
         sheet.keep(Path(settings.source), settings.out)
     loop.fit(stage, settings, accelerator)
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
 
 
 if __name__ == "__main__":

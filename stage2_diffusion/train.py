@@ -20,6 +20,7 @@ from calotype.images import image_grid
 from calotype.latents import LatentBatches, LatentCache
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.randomness import normal, uniform
+from calotype.stage import Review
 from calotype.stage2_diffusion import models
 from calotype.stage2_diffusion.conditioning import drop_labels
 from calotype.stage2_diffusion.config import DiffusionSettings
@@ -47,11 +48,12 @@ class DiffusionStage:
         self.objective = OBJECTIVES[settings.objective]()
         self.models = {"unet": self.unet}
         self.identity = {"the latent cache": f"{index.fingerprint}/{index.vae}"}
-        optimizer = loop.make_optimizer(self.unet, settings)
+        optimizer = loop.make_optimizer(self.unet.parameters(), settings, settings.lr)
         self.wrapped, self.optimizer = accelerator.prepare(self.unet, optimizer)
         self.optimizers = {"unet": self.optimizer.optimizer}
         self.ema = PowerEma(self.unet, settings.ema_width)
         self.averages = {"unet": self.ema}
+        self.state: dict = {}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Latents and labels of this process from `step` on."""
@@ -59,15 +61,28 @@ class DiffusionStage:
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on latents (B, c, h, w) and class ids (B,)."""
+        figures = self.backward(batch, step)
+        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
+        self.ema.update(self.unet, step + 1)
+        return figures | {"gradient_norm": norm.detach()}
+
+    def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The gradients of a step, and its loss as a mean over this process's latents."""
         parts = self.settings.micro_batches
         total = torch.zeros((), device=self.accelerator.device)
         for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts):
             loss = self.losses(self.wrapped, part, self.settings.label_dropout, "train").mean() / parts
             self.accelerator.backward(loss)
             total += loss.detach()
-        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
-        self.ema.update(self.unet, step + 1)
-        return {"loss": total, "gradient_norm": norm.detach()}
+        return {"loss": total}
+
+    def forget(self) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
+        """Nothing to say."""
+        return Review()
 
     def losses(self, unet: torch.nn.Module, batch: Batch, label_dropout: float, purpose: str) -> Tensor:
         """The objective (B,) with noise, time and hidden labels that follow from the positions."""

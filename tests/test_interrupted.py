@@ -18,11 +18,18 @@ def benchmark(name, *words):
     return done.stdout
 
 
-@pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_killed_and_repeated_ends_with_the_same_bits(tmp_path, regularizer):
-    benchmark("kill_resume", "--kills", 3, "--out", tmp_path, "--regularizer", regularizer)
+def stages(member, *names):
+    """Stage 2 needs no repetition for every member of stage 1's family."""
+    return ["--stages", *(names if member == "kl" else names[:1])]
 
 
-@pytest.mark.parametrize("regularizer", ["kl", "vq"])
-def test_two_processes_equal_one(tmp_path, regularizer):
-    benchmark("processes", "--steps", 20, "--out", tmp_path, "--regularizer", regularizer)
+@pytest.mark.parametrize("member", ["kl", "vq", "tc", "gan"])
+def test_killed_and_repeated_ends_with_the_same_bits(tmp_path, member):
+    names = stages(member, "stage1", "stage2")
+    benchmark("kill_resume", "--kills", 3, "--out", tmp_path, "--member", member, *names)
+
+
+@pytest.mark.parametrize("member", ["kl", "vq", "tc", "gan"])
+def test_two_processes_equal_one(tmp_path, member):
+    names = stages(member, "train-vae", "train-diffusion")
+    benchmark("processes", "--steps", 20, "--out", tmp_path, "--member", member, *names)

@@ -36,10 +36,10 @@ def batch():
 ENCODER, DECODER = {"encoder", "quant_conv"}, {"post_quant_conv", "decoder"}
 TERMS = [
     ("kl", "reconstruction", ENCODER | DECODER),
-    ("kl", "penalty", ENCODER),
+    ("kl", "kl", ENCODER),
     ("none", "reconstruction", ENCODER | DECODER),
     ("vq", "reconstruction", ENCODER | DECODER),  # the straight-through estimate passes the codebook by
-    ("vq", "penalty", ENCODER),  # the codebook follows as a running mean, see test_quantizers.py
+    ("vq", "commitment", ENCODER),  # the codebook follows as a running mean, see test_quantizers.py
     ("fsq", "reconstruction", ENCODER | DECODER),
 ]
 
@@ -49,7 +49,7 @@ TERMS = [
 def test_a_term_reaches_its_parameters_and_no_others(regularizer, term, expected, reconstruction):
     model, (x, eps) = autoencoder(regularizer), batch()
     out = model(x, eps)
-    loss = reconstruction(out.x_hat, x).mean() if term == "reconstruction" else out.penalty.mean()
+    loss = reconstruction(out.x_hat, x).mean() if term == "reconstruction" else out.terms[term].mean()
     assert reached(loss, model) == expected
 
 
@@ -70,7 +70,7 @@ def test_a_planted_fault_is_seen(regularizer, fault):
     model.regularizer.forward = broken
     out = model(x, eps)
     assert reached(mse(out.x_hat, x).mean(), model) == DECODER
-    assert out.penalty.requires_grad == (fault == "detach")
+    assert all(value.requires_grad == (fault == "detach") for value in out.terms.values())
 
 
 def test_every_parameter_is_trained():
@@ -78,7 +78,7 @@ def test_every_parameter_is_trained():
     for regularizer in ("kl", "vq", "fsq", "none"):
         model, (x, eps) = autoencoder(regularizer), batch()
         out = model(x, eps)
-        (mse(out.x_hat, x) + out.penalty).mean().backward()
+        (mse(out.x_hat, x) + sum(out.terms.values())).mean().backward()
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -86,15 +86,15 @@ def test_kl_equals_the_closed_form_of_torch():
     h = torch.randn(5, 6, 4, 4)
     mean, logvar = h.chunk(2, 1)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).flatten(1).sum(1)
-    assert_close(KL()(h, torch.zeros_like(mean))[1], expected)
+    assert_close(KL()(h, torch.zeros_like(mean))[1]["kl"], expected)
 
 
 def test_kl_with_a_fixed_deviation():
     h, eps = torch.randn(5, 6, 4, 4), torch.randn(5, 3, 4, 4)
     mean = h[:, :3]
-    z, penalty = KL(posterior_std=0.1)(h, eps)
+    z, terms = KL(posterior_std=0.1)(h, eps)
     assert_close(z, mean + 0.1 * eps)
-    assert_close(penalty, kl_divergence(Normal(mean, 0.1), Normal(0.0, 1.0)).flatten(1).sum(1))
+    assert_close(terms["kl"], kl_divergence(Normal(mean, 0.1), Normal(0.0, 1.0)).flatten(1).sum(1))
 
 
 def test_reparameterised_samples_have_the_posterior_s_moments():
@@ -118,7 +118,7 @@ def test_quantised_latents_are_those_of_diffusers():
 def test_straight_through_gradient_is_that_of_the_code():
     codebook = torch.nn.Embedding(16, 2)
     h = torch.randn(3, 2, 4, 4, requires_grad=True)
-    z, _ = VectorQuantization(codebook, 0.25)(h, h)
+    z, _ = VectorQuantization(codebook)(h, h)
     gradient = torch.randn_like(z)
     z.backward(gradient)
     assert torch.equal(h.grad, gradient)
@@ -136,19 +136,19 @@ def test_beta_grows_over_its_warm_up():
 
     from calotype.stage1_vae.train import VaeStage
 
-    settings = SimpleNamespace(beta=4.0, beta_warmup=5000)
-    stage = SimpleNamespace(model=SimpleNamespace(regularizer=KL()), settings=settings, values=8)
-    weights = [VaeStage.penalty_weight(stage, step) * 8 for step in (0, 1, 2500, 5000, 9000)]
+    settings = VaeSettings(source="", out="", beta=4.0, beta_warmup=5000)
+    stage = SimpleNamespace(settings=settings, values=8)
+    weights = [VaeStage.weights(stage, step)["kl"] * 8 for step in (0, 1, 2500, 5000, 9000)]
     assert weights == [0.0, 4.0 / 5000, 2.0, 4.0, 4.0]
-    settings.beta_warmup = 0
-    assert VaeStage.penalty_weight(stage, 0) * 8 == 4.0
+    stage.settings = settings.model_copy(update={"beta_warmup": 0})
+    assert VaeStage.weights(stage, 0)["kl"] * 8 == 4.0
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_free_bits_pull_above_the_floor_only(per_sample):
     mean = torch.tensor([[0.01, 2.0], [0.02, 0.1]]).reshape(2, 2, 1, 1)  # KL_j = mean^2 / 2 at unit variance
     h = torch.cat([mean, torch.zeros_like(mean)], 1).requires_grad_()
-    _, penalty = KL(free_bits=0.5, per_sample=per_sample)(h, torch.zeros_like(mean))
+    penalty = KL(free_bits=0.5, per_sample=per_sample)(h, torch.zeros_like(mean))[1]["kl"]
     penalty.sum().backward()
     pull = h.grad[:, :2].flatten(1)
     assert (pull[:, 0] == 0).all()  # the first element is below the floor in both examples, and on average

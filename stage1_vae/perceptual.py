@@ -1,0 +1,124 @@
+"""Distances between pictures that see edges and texture where a mean error sees only grey.
+
+Each is a pair: `features` of pictures, computed once for the target and without a gradient, and the `distance` of two
+sets of features, one value for each example.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calotype.errors import UserError
+
+_SCALES = 4
+_LEAST_SIDE = 6  # of the coarsest scale
+_EPS = 1e-3
+_BACKBONE = "vgg16-397923af.pth"
+
+
+class GradientFeatures(nn.Module):
+    """Edges and texture energy at several scales, by fixed filters: nothing to fetch, nothing to train.
+
+    At each scale of a binomial pyramid: the horizontal and vertical derivative, and the square root of their local
+    energy, which stays the same when fine texture is moved by a pixel. Any number of channels.
+    """
+
+    name = "gradients"
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Maps (B, 3C, h, w) for each scale of pictures (B, C, H, W) in [-1, 1]."""
+        maps = []
+        for _ in range(_SCALES):
+            dx = F.pad(x, (0, 1, 0, 0), mode="replicate").diff(dim=3)
+            dy = F.pad(x, (0, 0, 0, 1), mode="replicate").diff(dim=2)
+            energy = (_blur(dx.square() + dy.square()) + _EPS**2).sqrt()
+            maps.append(torch.cat([dx, dy, energy], dim=1))
+            if min(x.shape[2:]) < 2 * _LEAST_SIDE:
+                break
+            x = _blur(x)[:, :, ::2, ::2]
+        return maps
+
+    def distance(self, f: list[Tensor], g: list[Tensor]) -> Tensor:
+        """Mean absolute difference (B,) of two sets of features, the scales weighted alike."""
+        return torch.stack([(a - b).abs().flatten(1).mean(1) for a, b in zip(f, g, strict=True)]).mean(0)
+
+
+def _blur(x: Tensor) -> Tensor:
+    """The binomial filter 1 4 6 4 1 in both directions, channel by channel."""
+    row = x.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    x = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    channels = x.shape[1]
+    x = F.conv2d(x, row.reshape(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
+    return F.conv2d(x, row.reshape(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
+
+
+class Lpips(nn.Module):
+    """LPIPS (Zhang et al. 2018) with VGG16, in two halves; grey pictures count as three equal channels."""
+
+    name = "lpips"
+
+    def __init__(self, backbone: dict[str, Tensor]):
+        super().__init__()
+        lpips = _lpips_package()
+        whole = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
+        slices = [part for i in range(1, 6) for part in getattr(whole.net, f"slice{i}").named_parameters()]
+        for name, parameter in slices:  # the slices keep torchvision's numbers of layers
+            parameter.data.copy_(backbone[f"features.{name}"])
+        self.whole = whole.eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Maps of unit length at each pixel, for pictures (B, C, H, W) in [-1, 1]."""
+        outputs = self.whole.net(self.whole.scaling_layer(_rgb(x)))
+        return [f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in outputs]
+
+    def distance(self, f: list[Tensor], g: list[Tensor]) -> Tensor:
+        """LPIPS (B,)."""
+        weighted = zip(self.whole.lins, f, g, strict=True)
+        return torch.stack([lin((a - b).square()).flatten(1).mean(1) for lin, a, b in weighted]).sum(0)
+
+
+def _rgb(x: Tensor) -> Tensor:
+    """Pictures as colour: grey ones three times, more than three channels as their mean."""
+    return x if x.shape[1] == 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def build(settings, device: torch.device) -> GradientFeatures | Lpips | None:
+    """The perceptual loss that the settings name, announced in one line; raises UserError if it is not to be had."""
+    if settings.perceptual == "none":
+        return None
+    if settings.perceptual == "features":
+        print("Perceptual loss: gradient features at several scales (nothing fetched, nothing trained).")
+        return GradientFeatures()
+    file = backbone_file(settings.allow_download)
+    print(f"Perceptual loss: LPIPS with the VGG16 weights of {file}.")
+    return load_lpips(file).to(device)
+
+
+def backbone_file(allow_download: bool) -> Path:
+    """Where torchvision keeps VGG16's weights; they are fetched only if that was asked for. Raises UserError."""
+    _lpips_package()
+    file = Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE
+    if file.is_file() or allow_download:
+        return file
+    raise UserError(
+        f"--perceptual lpips needs the VGG16 weights {file}, which are not there; give --allow-download to fetch them "
+        "(528 MiB), or --perceptual features."
+    )
+
+
+def load_lpips(file: Path) -> Lpips:
+    """LPIPS with the backbone of a file that `backbone_file` named, fetched where it is missing."""
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    return Lpips(torch.hub.load_state_dict_from_url(url, str(file.parent), weights_only=True))
+
+
+def _lpips_package():
+    try:
+        import lpips
+    except ImportError:
+        raise UserError("--perceptual lpips needs the package lpips; pip install 'calotype[eval]'.") from None
+    return lpips
