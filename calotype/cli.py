@@ -27,6 +27,11 @@ COMMANDS = {
         "calotype.stage1_vae.tokens:main",
         "pictures to one file of code numbers",
     ),
+    "evaluate-vae": (
+        "calotype.stage1_vae.config:EvaluateVaeSettings",
+        "calotype.stage1_vae.evaluate:main",
+        "measure an autoencoder on held-out pictures",
+    ),
     "convert": (
         "calotype.stage1_vae.config:ConvertSettings",
         "calotype.stage1_vae.convert:main",

@@ -91,7 +91,8 @@ class Run:
             raise UserError(f"--out {self.out}: {changed} changed since this run began; restore it, or give --fresh.")
         self._put_back(parts)
         self.lr_factor, self.good_step, self.skipped = (state[name] for name in ("lr_factor", "good_step", "skipped"))
-        self.stage.state.update(state["stage"])
+        for name, entries in state["stage"].items():
+            self.stage.state[name].update(entries)  # in place: the parts of a stage hold on to their own
         self.accelerator.print(f"{self.stage.name}: goes on at step {state['step']}.")
         return state["step"], state["seconds"]
 

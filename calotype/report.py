@@ -44,13 +44,17 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage left in its folder; `folded` are the curves that belong to no split, such as the learning rate."""
+    """What one stage left in its folder; `folded` are the curves that belong to no split, such as the learning rate.
+
+    `said` are the diagnoses while it trained, each with its step.
+    """
 
     settings: dict
     charts: list[curves.Chart]
     folded: list[curves.Chart]
     newest: dict
     sheets: list[Path]
+    said: list[tuple[int, str]]
 
     @property
     def started(self) -> bool:
@@ -105,6 +109,7 @@ def contents(run: Path) -> dict:
         "reconstruction": next(filter(None, (read_sheet(p, 1600) for p in reversed(vae.sheets))), None),
         "strip": [sheet for p in spread(diffusion.sheets, FRAMES) if (sheet := read_sheet(p, 640))],
         "final": read_sheet(run / "pipeline" / "samples.png", 1600),
+        "evaluation": read_json(run / "stage1_vae" / "evaluation.json"),
         "metrics": metrics,
         "log": log,
         "figures": headline(data, metrics, vae, diffusion, log),
@@ -129,7 +134,8 @@ def read_stage(folder: Path) -> Stage:
     rows = read_rows(folder / "metrics.jsonl")
     charts, folded = draw_charts(rows)
     newest = {key: value for row in rows for key, value in row.items()}
-    return Stage(read_json(folder / "config.json"), charts, folded, newest, sorted(folder.glob("samples/step-*.png")))
+    sheets = sorted(folder.glob("samples/step-*.png"))
+    return Stage(read_json(folder / "config.json"), charts, folded, newest, sheets, sentences(rows))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -172,6 +178,11 @@ def _webp(image: Image.Image) -> bytes:
 
 
 # Shaping
+
+
+def sentences(rows: list[dict]) -> list[tuple[int, str]]:
+    """What was said and at which step; what a resumed run says again counts once."""
+    return list(dict.fromkeys((row["step"], row["said"]) for row in rows if isinstance(row.get("said"), str)))
 
 
 def draw_charts(rows: list[dict]) -> tuple[list[curves.Chart], list[curves.Chart]]:

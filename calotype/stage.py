@@ -29,7 +29,7 @@ class Stage(Protocol):
     averages: dict[str, PowerEma]
     identity: dict[str, str]  # hashes of what the stage reads; a resumed run must find the same
     exports: tuple[str, ...]  # names of what export writes into the folder
-    state: dict[str, Any]  # what else a resumed run must know, as JSON
+    state: dict[str, dict[str, Any]]  # what else its parts must know in a resumed run, as JSON
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Batches of this process from `step` on."""

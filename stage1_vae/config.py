@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from calotype.config import DataSettings, Maybe, Settings, TrainSettings, fraction_of
 from calotype.settings import Source
@@ -140,3 +140,26 @@ class ConvertSettings(Settings):
     )
     out: Path = Field(description="folder of the autoencoder")
     image_size: int = Field(256, ge=1, description="side of the pictures it is meant for; kept in its config")
+
+
+def _one_or_more(value: Any) -> Any:
+    """A settings file may name a single folder without brackets."""
+    return (value,) if isinstance(value, str) else value
+
+
+class EvaluateVaeSettings(DataSettings):
+    """Measure an autoencoder, or several seeds of one, on held-out pictures: mean and deviation over the seeds."""
+
+    source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
+    vae: Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)] = Field(
+        min_length=1, description="one autoencoder or more (diffusers folders), seeds of one model"
+    )
+    out: Maybe[Path] = Field(None, description="file of the figures (default: evaluation.json beside the first --vae)")
+    features: Literal["gradients", "inception"] = Field(
+        "gradients", description="in which rfid and rkid compare pictures with reconstructions"
+    )
+    allow_download: bool = Field(False, description="fetch the weights of --features inception if they are not here")
+    samples: int = Field(64, ge=1, description="of z for each picture, for the bounds on log p(x)")
+    batch_size: int = Field(128, ge=1, description="pictures at once")
+    seed: int = Field(0, ge=0, description="of a procedural source, and of the samples")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")

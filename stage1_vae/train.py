@@ -68,7 +68,7 @@ class VaeStage:
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.optimizers = {"vae": self.optimizer.optimizer} | self._critics("optimizer")
         self.held_out = HeldOut(self, Pictures(sheet, "val"))
-        self.state: dict[str, Any] = {"diagnoses": self.diagnoses.state}
+        self.state: dict[str, dict[str, Any]] = {"diagnoses": self.diagnoses.state}
         if self.adversary:
             self.state["adversary"] = self.adversary.state
 

@@ -53,7 +53,7 @@ class DiffusionStage:
         self.optimizers = {"unet": self.optimizer.optimizer}
         self.ema = PowerEma(self.unet, settings.ema_width)
         self.averages = {"unet": self.ema}
-        self.state: dict = {}
+        self.state: dict[str, dict] = {}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Latents and labels of this process from `step` on."""

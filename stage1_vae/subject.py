@@ -1,0 +1,115 @@
+"""A saved autoencoder under examination: what it makes of pictures, and the model p(x|z) p(z) that it stands for."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+from torch.distributions import Normal
+
+from calotype import device
+from calotype.autoencoder import Facts, Vae, decode, load_autoencoder, posterior, read_facts
+from calotype.errors import UserError
+from calotype.stage1_vae.bounds import Model
+from calotype.stage1_vae.likelihoods import KINDS
+from calotype.stage1_vae.tokens import token_numbers
+
+_NO_NOISE = 1e-4  # a posterior narrower than this everywhere is that of an autoencoder without one
+
+
+class Code(NamedTuple):
+    """Latents (B, c, h, w) of pictures; for KL their deviation too, for VQ the numbers (B, h, w) of the codes."""
+
+    mean: Tensor
+    std: Tensor | None = None
+    numbers: Tensor | None = None
+
+
+class Subject:
+    """An autoencoder, its facts and the precision in which it runs; latents are in the coordinates it was saved in."""
+
+    def __init__(self, folder: Path, vae: Vae, facts: Facts, precision: str):
+        self.folder, self.vae, self.facts, self.precision = folder, vae, facts, precision
+
+    @classmethod
+    def open(cls, folder: Path, precision: str) -> Self:
+        """The autoencoder of a folder, on its device; raises UserError."""
+        vae = load_autoencoder(folder, "--vae").to(device.device())
+        device.choose_attention(vae)
+        facts = read_facts(folder)
+        if facts.likelihood:
+            _refuse_odd_facts(folder, vae, facts)
+        return cls(folder, vae, facts, precision)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the latents are vectors of a codebook."""
+        return isinstance(self.vae, VQModel)
+
+    @property
+    def prior(self) -> Normal:
+        """p(z) of training with mean and deviation (c, 1, 1); N(0, I) where the facts do not name one."""
+        channels = self.vae.config.latent_channels
+        mean, std = self.facts.prior_mean or [0.0] * channels, self.facts.prior_std or [1.0] * channels
+        return Normal(*(torch.tensor(values, device=self.vae.device)[:, None, None] for values in (mean, std)))
+
+    def encode(self, x: Tensor) -> Code:
+        """The code of pictures x (B, C, H, W) in [-1, 1]."""
+        with device.autocast(self.precision):
+            if not self.quantised:
+                return Code(**posterior(self.vae, x))
+            numbers = token_numbers(self.vae, x)
+        return Code(self.vae.quantize.embedding(numbers).permute(0, 3, 1, 2), numbers=numbers)
+
+    def decode(self, z: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pictures (B, C, *size), clamped to [-1, 1], of latents (B, c, h, w)."""
+        with device.autocast(self.precision):
+            return decode(self.vae, z, size).clamp(-1, 1)
+
+    def posterior(self, x: Tensor) -> Normal:
+        """q(z|x) of a KL autoencoder, mean (B, c, h, w)."""
+        code = self.encode(x)
+        return Normal(code.mean, code.std)
+
+    def model(self) -> Model:
+        """The latent-variable model whose likelihood the facts name."""
+        nats, log_scale = KINDS[self.facts.likelihood], torch.tensor(math.log(self.facts.scale or 1.0))
+
+        def log_likelihood(z: Tensor, x: Tensor) -> Tensor:
+            return -nats(self.decode(z, tuple(x.shape[2:])), x, log_scale.to(x.device))
+
+        return Model(self.posterior, self.prior, log_likelihood)
+
+
+def has_noise(std: Tensor | None) -> bool:
+    """Whether a posterior of this deviation is one at all, so that KL(q || p) means something."""
+    return std is not None and bool((std > _NO_NOISE).any())
+
+
+def _refuse_odd_facts(folder: Path, vae: Vae, facts: Facts) -> None:
+    """Raise UserError if the facts cannot be those of this autoencoder."""
+    prior = [facts.prior_mean or [], facts.prior_std or []]
+    fits = isinstance(vae, AutoencoderKL) and all(len(part) == vae.config.latent_channels for part in prior)
+    if facts.likelihood not in KINDS or not fits:
+        raise UserError(
+            f"--vae {folder}: its calotype.json (likelihood {facts.likelihood}) does not belong to this autoencoder; "
+            "export the autoencoder again, or delete that file."
+        )
+
+
+def refuse_strangers(subjects: list[Subject]) -> None:
+    """Raise UserError unless all are seeds of one model: the same architecture and likelihood."""
+    first, *others = subjects
+    for other in others:
+        if _kind(other) != _kind(first):
+            raise UserError(
+                f"--vae {other.folder} is not another seed of {first.folder}: architecture or likelihood differ; "
+                "evaluate them one by one."
+            )
+
+
+def _kind(subject: Subject) -> tuple:
+    config = {name: value for name, value in subject.vae.config.items() if not name.startswith("_")}
+    return type(subject.vae), config, subject.facts.likelihood
