@@ -190,7 +190,7 @@ def draw_charts(rows: list[dict]) -> tuple[list[curves.Chart], list[curves.Chart
     series: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         for key, value in row.items():
-            if key not in ("step", "seconds") and _is_number(value):
+            if key not in ("step", "seconds", "said") and _is_number(value):
                 name, split = split_key(key)
                 # A resumed run repeats steps: the later line is the one that counts.
                 series.setdefault(name, {}).setdefault(split, {})[row["step"]] = value

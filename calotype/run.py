@@ -59,7 +59,7 @@ def command(name: str, settings, spent: float) -> list[str]:
     out = settings.out
     sheet, vae, latents = str(out / "data.json"), str(out / "stage1_vae" / "vae"), str(out / "latents")
     if name == "train-vae":
-        names = (*_SHARED, "factor", "regularizer", "flip")
+        names = (*_SHARED, "factor", "regularizer", "perceptual", "adversarial", "flip")
         if settings.vae:
             own = ["--init", str(settings.vae), "--steps", "0", *_flags(settings, ("preset", "seed", "precision"))]
         else:
@@ -198,7 +198,7 @@ def _refuse_what_cannot_work(settings) -> None:
 
 def _foreign_factor(settings) -> int:
     """How far the autoencoder that --vae names shrinks pictures."""
-    for name in ("factor", "regularizer"):
+    for name in ("factor", "regularizer", "perceptual", "adversarial"):
         if getattr(settings, name) is not None:
             raise UserError(f"{flag(name)} {getattr(settings, name)}: --vae brings its own; leave one of them out.")
     try:

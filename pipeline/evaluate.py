@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from calotype import device
+from calotype.autoencoder import decode, posterior
 from calotype.checkpoint import write_text
 from calotype.data import Pictures
 from calotype.images import normalize
@@ -36,9 +37,8 @@ def reconstruction(pipe: LatentDiffusionPipeline, pictures: Pictures, precision:
         numbers = range(start, min(start + 64, len(pictures)))
         x = normalize(torch.stack([pictures[i] for i in numbers]).to(pipe.device))
         with device.autocast(precision):
-            encoded = pipe.vae.encode(x)
-            z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-            x_hat = pipe.vae.decode(z).sample.float().clamp(-1, 1)
+            z = posterior(pipe.vae, x)["mean"]
+            x_hat = decode(pipe.vae, z, tuple(x.shape[2:])).clamp(-1, 1)
         values.append(psnr(x_hat, x))
         moments.append(z.float())
     z = torch.cat(moments)

@@ -75,7 +75,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the pictures."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        height, width = self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        if height == width == factor:  # a whole picture in a latent of 1x1 may have been padded to a power of two
+            height = width = min(factor, self.vae.config.sample_size)
+        return height, width
 
     @property
     def image_channels(self) -> int:
@@ -162,7 +165,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"images: {image.size[0]}x{image.size[1]} pixels; resize to {width}x{height} first.")
         pixels = np.stack([np.asarray(image.convert(mode), dtype=np.float32) for image in images])
         x = torch.from_numpy(pixels.reshape(len(images), height, width, -1)).permute(0, 3, 1, 2) / 127.5 - 1
-        encoded = self.vae.encode(x.to(self._execution_device, self.vae.dtype))
+        encoded = self.vae.encode(self._pad(x).to(self._execution_device, self.vae.dtype))
         return encoded.latents if isinstance(self.vae, VQModel) else encoded.latent_dist.mean
 
     def check_inputs(
@@ -217,7 +220,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             )
         if output_type == "latent":
             return z
-        x = self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        x = self._crop(self.vae.decode(z.to(self.vae.dtype)).sample.float())
         x = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return x
@@ -241,6 +244,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if config.get("_class_name") == ["pipeline", "LatentDiffusionPipeline"]:
             config["_class_name"] = "LatentDiffusionPipeline"
         return config
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures smaller than the patch of a 1x1 latent, grown to it by repeating their edges."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        margin = max(factor - min(x.shape[2:]), 0)
+        before, after = margin // 2, margin - margin // 2
+        return torch.nn.functional.pad(x, (before, after, before, after), mode="replicate") if margin else x
+
+    def _crop(self, x: torch.Tensor) -> torch.Tensor:
+        """The middle of decoded pictures, as large as `image_size` says."""
+        height, width = self.image_size
+        top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+        return x[:, :, top : top + height, left : left + width]
 
     def _class_id(self, label: Label) -> int:
         if label is None:

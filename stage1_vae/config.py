@@ -48,9 +48,11 @@ class VaeSettings(TrainSettings, DataSettings):
     commitment: float = Field(0.25, ge=0, description="weight of the VQ commitment term")
     levels: str = Field("8,5,5,5", pattern=r"^\d+(,\d+)*$", description="values of each FSQ channel")
     corruption: Maybe[str] = Field(None, description="damage the input: gaussian:STD, mask:SHARE or salt:SHARE")
-    reconstruction: Maybe[Literal["l1", "mse"]] = Field(None, description="error without a bound (default: mse)")
+    reconstruction: Maybe[Literal["l1", "mse"]] = Field(
+        None, description="error without a bound (default: mse; l1 beside a perceptual loss)"
+    )
     perceptual: Literal["none", "features", "lpips"] = Field("none", description="perceptual loss")
-    perceptual_weight: float = Field(1.0, gt=0, description="its weight")
+    perceptual_weight: Maybe[float] = Field(None, gt=0, description="its weight (default: 3 for features, 1 for lpips)")
     allow_download: bool = Field(False, description="fetch the weights of --perceptual lpips if they are not here")
     adversarial: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 for none, 0.5 is usual")
     adversarial_start: str = Field("0.5", description="share of the run after which it begins, or plateau")

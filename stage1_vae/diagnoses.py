@@ -32,7 +32,7 @@ class Diagnoses:
             return None
         return (
             f"Over-fitting: training pictures come back at {seen:.1f} dB, held-out ones at {psnr:.1f} and falling; "
-            "add  pictures or --flip, lower --width, or stop earlier."
+            "add pictures or --flip, lower --width, or stop earlier."
         )
 
 

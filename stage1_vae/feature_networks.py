@@ -6,6 +6,7 @@ different features have nothing to do with each other.
 
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError  # what weights_only raises; nothing of it is opened here
 from typing import NamedTuple
 
 import torch
@@ -106,5 +107,5 @@ def _load(net: torch.nn.Module, allow_download: bool) -> None:
             f"--features inception: {url} cannot be fetched ({error}); put the file into {file.parent}, or give "
             "--features gradients."
         ) from None
-    except (RuntimeError, EOFError):
+    except (RuntimeError, EOFError, UnpicklingError):
         raise UserError(f"--features inception: {file} is damaged; delete it and give --allow-download.") from None

@@ -12,7 +12,7 @@ class Mean:
 
     def add(self, values: Tensor) -> None:
         """Take in a value (B,) for each picture."""
-        values = values.double().cpu()
+        values = values.cpu().double()
         self.total += torch.stack([values.sum(), values.new_tensor(len(values))])
 
     def figures(self, total: Tensor) -> dict[str, float]:
@@ -50,7 +50,7 @@ class ActiveUnits:
 
     def add(self, mean: Tensor) -> None:
         """Take in posterior means (B, c, h, w)."""
-        mean = mean.double().cpu()
+        mean = mean.cpu().double()
         self.total += torch.stack([mean.sum(0), mean.square().sum(0), torch.full_like(mean[0], len(mean))])
 
     def figures(self, total: Tensor) -> dict[str, float]:

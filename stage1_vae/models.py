@@ -126,7 +126,12 @@ def _bottleneck(settings: VaeSettings, size: tuple[int, int]) -> tuple[int, int]
     if settings.latent_dim is None:
         levels = fsq_levels(settings)
         return settings.factor, len(levels) if settings.regularizer == "fsq" else settings.latent_channels
-    return 1 << (max(size) - 1).bit_length(), settings.latent_dim
+    if size[0] != size[1]:
+        raise UserError(
+            f"--latent-dim {settings.latent_dim} needs square pictures, not {size[0]}x{size[1]}; make the data sheet "
+            f"with --image-size {max(size)} --fit pad."
+        )
+    return 1 << (size[0] - 1).bit_length(), settings.latent_dim
 
 
 def fsq_levels(settings: VaeSettings) -> tuple[int, ...]:

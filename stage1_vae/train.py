@@ -32,6 +32,7 @@ from calotype.stage1_vae.total_correlation import TotalCorrelation
 
 _STATISTICS_PICTURES = 16_384  # enough for a relative error of the deviation well below 1 %
 _START_PICTURES = 256
+_PERCEPTUAL_WEIGHT = {"features": 3.0, "lpips": 1.0}
 _WEAK_PULL = 1e-3  # on the latents of an autoencoder for diffusion, where no bound is asked for
 
 
@@ -51,14 +52,14 @@ class VaeStage:
             folding.ensure_quant_convs(self.model.vae)
         device.choose_attention(self.model)
         self.latent_shape = models.latent_shape(self.model.vae, size)
-        self.reconstruction = RECONSTRUCTION[settings.reconstruction or "mse"]
+        self.perceptual = perceptual.build(settings, accelerator.device)
+        self.reconstruction = RECONSTRUCTION[settings.reconstruction or ("l1" if self.perceptual else "mse")]
         self.corrupt = parse_corruption(settings.corruption)
         self.values = sheet.channels * size[0] * size[1]
         self.batch_source = PictureBatches(self.pictures, seed=settings.seed, flip=settings.flip)
         if not settings.init:
             x = self.take(self.pictures, evenly_spaced(len(self.pictures), _START_PICTURES)).cpu()
             start.prepare(self.model, x, settings.seed)
-        self.perceptual = perceptual.build(settings, accelerator.device)
         self.adversary = Adversary(settings, sheet.channels, size, accelerator) if settings.adversarial else None
         self.correlation = self._total_correlation()
         self.diagnoses = Diagnoses()
@@ -189,7 +190,7 @@ class VaeStage:
         return {
             "nats": 1.0,
             "reconstruction": 1.0,
-            "perceptual": settings.perceptual_weight,
+            "perceptual": settings.perceptual_weight or _PERCEPTUAL_WEIGHT.get(settings.perceptual, 1.0),
             "kl": warmup * beta / self.values,
             "tc": settings.gamma / self.values,
             "commitment": settings.commitment,

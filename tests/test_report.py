@@ -93,6 +93,39 @@ def test_hostile_names_stay_text(run):
     assert EVIL in page.text and "a<b>.png" in page.text
 
 
+def test_the_evaluation_of_stage_1_has_a_table_of_its_own(run):
+    assert not page_of(run).all("section", id="evaluation")
+    how = f"Fréchet distance, {EVIL}; mean over 2 autoencoders"
+    found = {"rfid[gradients]": {"value": 0.54386, "sd": 0.0213, "n": 244, "how": how}}
+    found["bits_per_dim[iw64]"] = {"value": 3.25, "sd": None, "n": 1024, "how": "64 samples"}
+    (run / "stage1_vae/evaluation.json").write_text(json.dumps(found))
+    whole = report.render(run)
+    (section,) = re.findall(r'<section id="evaluation">.*?</section>', whole, re.DOTALL)
+    text = Page(section).text
+    for fact in ("Stage 1 evaluation", "0.5439 ± 0.0213", "244", how, "bits per dim", "iw64", "1,024", "64 samples"):
+        assert fact in text, fact
+    assert text.count("±") == 1 and "None" not in text
+    rows = [re.findall(r"<t[dh]\b", row) for row in re.findall(r"<tr>.*?</tr>", section, re.DOTALL)]
+    assert [len(row) for row in rows] == [5, 5, 5]
+    assert whole.count("<th>Metric</th>") == 2 and "27.11 dB" in Page(whole).text  # the other table is there still
+    assert len(Page(whole).all("script")) == 1
+
+
+def test_what_a_stage_said_stands_in_its_section_with_the_step(run):
+    file = run / "stage1_vae/metrics.jsonl"
+    said = [(1500, f"Dead codes: {EVIL}"), (3000, "The run goes back."), (1500, f"Dead codes: {EVIL}"), (3000, 7)]
+    rows = [{"step": step, "seconds": 1.0, "said": sentence} for step, sentence in said]
+    charts = len(page_of(run).all("polyline"))
+    write_rows(file, [json.loads(line) for line in file.read_text().splitlines()[:-1]] + rows)
+    whole = report.render(run)
+    first, second = (re.search(rf'<section id="stage{i}">.*?</section>', whole, re.DOTALL)[0] for i in (1, 2))
+    text = " ".join(Page(first).text.split())
+    assert "Diagnoses 2" in text and "Diagnoses" not in second
+    assert f"step 1,500 Dead codes: {EVIL} step 3,000 The run goes back." in text
+    page = Page(whole)
+    assert len(page.all("script")) == 1 and len(page.all("polyline")) == charts and "4,000 steps" in page.text
+
+
 def test_film_strip_has_first_and_last_sheet(run):
     names = [image["alt"] for image in page_of(run).all("img")]
     strip = [name for name in names if name.startswith("Samples at step")]
