@@ -10,19 +10,25 @@ from torch import Tensor, nn
 def locate(stage, step: int) -> str:
     """The start of a sentence that names the first module, or the first gradient, that was not finite at `step`."""
     found: list[str] = []
+    late: list[str] = []
     batch = next(stage.batches(step))
     with ExitStack() as hooks:
         for model_name, model in stage.models.items():
             for name, module in model.named_modules():
                 watch = _watch(f"{model_name}.{name}" if name else model_name, found)
                 hooks.callback(module.register_forward_hook(watch).remove)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    watch = _watch_gradient(f"{model_name}.{name}", late)
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(watch).remove)
         stage.backward(batch, step)
-    gradient = _gradient(stage.models)
+    if not late and (gradient := _gradient(stage.models)):  # another process's fault, which came with averaging
+        late.append(gradient)
     stage.forget()
     if found:
         return f"NaN or Inf at step {step} first came out of {found[0]}"
-    if gradient:
-        return f"NaN or Inf at step {step} came up in the backward pass, in the gradient of {gradient}"
+    if late:
+        return f"NaN or Inf at step {step} came up in the backward pass, in the gradient of {late[0]}"
     return f"NaN or Inf at step {step} did not come back when the step was repeated"
 
 
@@ -47,8 +53,18 @@ def _tensors(output: Any) -> list[Tensor]:
     return []
 
 
+def _watch_gradient(name: str, late: list[str]):
+    """A hook that notes a parameter whose gradient is not finite; the nearest to the loss gets its own first."""
+
+    def hook(parameter: nn.Parameter) -> None:
+        if not late and not bool(parameter.grad.isfinite().all()):
+            late.append(name)
+
+    return hook
+
+
 def _gradient(models: dict[str, nn.Module]) -> str | None:
-    """The name of the parameter nearest to the loss whose gradient is not finite."""
+    """The name of the last parameter whose gradient is not finite."""
     named = [(f"{m}.{name}", p.grad) for m, model in models.items() for name, p in model.named_parameters()]
     bad = [name for name, gradient in named if gradient is not None and not torch.isfinite(gradient).all()]
     return bad[-1] if bad else None

@@ -153,7 +153,9 @@ class Run:
                 f"{self.stage.name}: the loss is not finite at step {self.at_step}; try a lower --lr, or "
                 f"--precision fp32. The last good state is in {self.out / 'checkpoints'}."
             )
-        if not all(good):
+        if all(good):
+            self.skipped = 0
+        else:
             self._left_out(first, good)
         if not means:
             return
@@ -255,7 +257,8 @@ def make_optimizer(
 def update(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
     """Clip, step and clear the gradients; returns the gradient norm before clipping.
 
-    Where the norm is not finite the weights and the optimiser stay as they are, without waiting for the device.
+    Where the norm is not finite the weights and the optimiser stay as they are, without waiting for the device (but for
+    an AdamW that is not fused).
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     _leave_out_unless(norm.isfinite(), getattr(optimizer, "optimizer", optimizer))
@@ -268,6 +271,10 @@ def _leave_out_unless(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Make the next step do nothing where `good` is false: a fused optimiser is told, plain descent gets zeros."""
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        return
+    if not isinstance(optimizer, torch.optim.SGD):
+        if not good:  # moments would fade with zeros; without gradients they stay
+            optimizer.zero_grad(set_to_none=True)
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

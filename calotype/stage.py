@@ -37,7 +37,7 @@ class Stage(Protocol):
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step; returns detached means over this process's examples, `gradient_norm` among them.
 
-        Where the gradient is not finite nothing may change.
+        Where the gradient is not finite no weight may change.
         """
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -61,12 +61,12 @@ class Adversary:
         eq. 7), from gradients that are averaged over all processes, at most --adversarial-cap, times the weight. The
         discriminator's own gradients are left in its parameters, from the same logits.
         """
+        pulled = [t for t in (out.x_hat, out.log_scale) if t is not None and t.requires_grad]
+        at_x_hat, *at_scale = torch.autograd.grad(fidelity, pulled)
         leaf = out.x_hat.detach().requires_grad_()
         fake = self._judge(leaf)
         (adversarial,) = torch.autograd.grad(-fake.mean(), leaf, retain_graph=True)
         figures = self._learn(x, fake, step, parts)
-        pulled = [t for t in (out.x_hat, out.log_scale) if t is not None and t.requires_grad]
-        at_x_hat, *at_scale = torch.autograd.grad(fidelity, pulled)
         adaptive = self.adaptive_weight(out.x_hat, last, Gradients(at_x_hat, adversarial))
         surrogate = (out.x_hat * (at_x_hat + self.state["weight"] * adaptive * adversarial)).sum()
         for tensor, gradient in zip(pulled[1:], at_scale):
@@ -119,6 +119,8 @@ class Adversary:
             return Review()
         if fault := self._fault(now):
             self.state["weight"] /= 2
+            if self.state["good"] == self.state["before"]:  # back where the discriminator has learnt nothing yet
+                self.state["began"] = step
             return Review((f"{fault}; the adversarial weight is halved to {self.state['weight']:.3g}.",), go_back=True)
         self.state["good"] = now
         return Review(good=True)

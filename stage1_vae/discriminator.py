@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_GROUP = 8  # channels of a group of GroupNorm: a batch norm would make the processes differ
+_GROUP = 8  # channels of a group of GroupNorm, at least: a batch norm would make the processes differ
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -15,8 +15,12 @@ class PatchDiscriminator(nn.Sequential):
         for i in range(1, depth + 1):
             before, after = width * min(2 ** (i - 1), 8), width * min(2**i, 8)
             stride = 2 if i < depth else 1
-            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(after // _GROUP, after), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(_groups(after), after), nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(after, 1, 4, 1, 1))
+
+
+def _groups(channels: int) -> int:
+    return next(groups for groups in range(channels // _GROUP, 0, -1) if channels % groups == 0)
 
 
 def depth_for(size: tuple[int, int]) -> int:

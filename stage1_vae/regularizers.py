@@ -124,14 +124,17 @@ class VectorQuantization(nn.Module):
 
     @torch.no_grad()
     def after_step(self, good: Tensor) -> None:
-        """Move the codebook after an optimiser step; one that was left out counts as if every vector stayed."""
+        """Move the codebook after an optimiser step; after one that was left out everything is as it was."""
         rows, numbers, priority = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
-        rows = torch.where(good, rows, self.embedding(numbers))
+        kept = [self.embedding.weight, *self.average.buffers()]
+        before = [tensor.clone() for tensor in kept]
         counts, sums = (reduce(total, "sum") for total in _totals(rows, numbers, self.embedding.num_embeddings))
         self.average.update(counts, sums, self.decay)
         self.embedding.weight.copy_(self.average.codes())
         self._revive(gather(rows), gather(priority))
+        for tensor, was in zip(kept, before):  # undone and not left undone, so that a GPU is not waited for
+            tensor.copy_(torch.where(good, tensor, was))
 
     @torch.no_grad()
     def start_from(self, h: Tensor, generator: torch.Generator, rounds: int = 10) -> None:

@@ -32,14 +32,16 @@ def prepare(model: Autoencoder, x: Tensor, seed: int) -> None:
 
 @torch.no_grad()
 def spread(conv: nn.Conv2d, h: Tensor, codes: int, std: float) -> None:
-    """Rescale the 1x1 convolution that made h (B, c, h, w), so that each of its first `codes` channels has mean 0, std.
+    """Turn the 1x1 convolution that made h (B, c, h, w), so that its first `codes` channels are white: mean 0, std.
 
-    A fresh encoder's outputs are so narrow that a grid's outer levels are never met, and that a decoder hears nothing.
+    A fresh encoder's outputs are so narrow, and so much alike, that a grid's outer levels are never met and that a
+    decoder hears nothing.
     """
-    h = h[:, :codes]
-    scale = std / h.std((0, 2, 3)).clamp_min(1e-6)
-    conv.weight[:codes] *= scale[:, None, None, None]
-    conv.bias[:codes] = (conv.bias[:codes] - h.mean((0, 2, 3))) * scale
+    rows = h[:, :codes].permute(0, 2, 3, 1).reshape(-1, codes)
+    variance, axes = torch.linalg.eigh(torch.cov(rows.T).reshape(codes, codes))
+    whiten = std * axes @ torch.diag(variance.clamp_min(1e-6 * variance.max()).rsqrt()) @ axes.T
+    conv.weight[:codes] = torch.einsum("ij,jkhw->ikhw", whiten, conv.weight[:codes])
+    conv.bias[:codes] = whiten @ (conv.bias[:codes] - rows.mean(0))
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class VaeStage:
             folding.ensure_quant_convs(self.model.vae)
         device.choose_attention(self.model)
         self.latent_shape = models.latent_shape(self.model.vae, size)
-        self.perceptual = perceptual.build(settings, accelerator.device)
+        self.perceptual = perceptual.build(settings, size, accelerator.device)
         self.reconstruction = RECONSTRUCTION[settings.reconstruction or ("l1" if self.perceptual else "mse")]
         self.corrupt = parse_corruption(settings.corruption)
         self.values = sheet.channels * size[0] * size[1]
@@ -170,9 +170,15 @@ class VaeStage:
             terms = {"reconstruction": self.reconstruction(out.x_hat, x)}
         if self.perceptual:
             with torch.no_grad():
-                target = self.perceptual.features(x)
-            terms["perceptual"] = self.perceptual.distance(self.perceptual.features(out.x_hat), target)
+                target = self._features(x)
+            terms["perceptual"] = self.perceptual.distance(self._features(out.x_hat), target)
         return terms
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """Maps of pictures (B, C, H, W): from a network in the precision of the run, from fixed filters in fp32."""
+        network = isinstance(self.perceptual, perceptual.Lpips)
+        with device.autocast(self.settings.precision if network else "fp32"):
+            return [maps.float() for maps in self.perceptual.features(x)]
 
     def asked(self, out: models.Reconstruction) -> dict[str, Tensor]:
         """What is asked of the latents, by name, (B,) each."""

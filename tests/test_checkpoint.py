@@ -10,9 +10,9 @@ from calotype import checkpoint
 from calotype.errors import UserError
 
 
-def save(folder, step, keep=2):
+def save(folder, step, keep=2, also=None):
     tensors = {"w": torch.full((64, 64), float(step))}
-    return checkpoint.save(folder, step, {"model": tensors}, {"seconds": 1.5}, keep)
+    return checkpoint.save(folder, step, {"model": tensors}, {"seconds": 1.5}, keep, also)
 
 
 def test_round_trip_and_keeping_the_newest(tmp_path):
@@ -126,3 +126,30 @@ def test_the_same_step_is_not_written_twice(tmp_path):
     (first / "model.safetensors").write_bytes(b"")
     save(tmp_path, 5)
     assert checkpoint.verify(first) is None
+
+
+def kept(folder):
+    return [int(path.name[-8:]) for path in checkpoint.steps(folder)]
+
+
+def test_a_good_step_is_kept_for_as_long_as_it_is_asked_for(tmp_path):
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, also=5)
+    assert kept(tmp_path) == [5, 15, 20]
+    save(tmp_path, 25, also=15)
+    assert kept(tmp_path) == [15, 20, 25]
+    save(tmp_path, 30, also=30)
+    assert kept(tmp_path) == [25, 30]
+    save(tmp_path, 35, also=7)  # one that was never written
+    assert kept(tmp_path) == [30, 35]
+
+
+def test_what_came_later_is_not_gone_back_to(tmp_path):
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, also=5)
+    for up_to, expected in ((None, 20), (20, 20), (19, 15), (15, 15), (14, 5), (5, 5)):
+        parts, state = checkpoint.load(tmp_path, up_to=up_to)
+        assert state["step"] == expected and parts["model"]["w"][0, 0] == expected
+    assert checkpoint.load(tmp_path, up_to=4) is None
+    (tmp_path / "step-00000015/model.safetensors").write_bytes(b"")
+    assert checkpoint.load(tmp_path, up_to=15)[1]["step"] == 5  # the next older one, never a newer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from calotype import checkpoint, cli, loop
+from calotype import checkpoint, cli, loop, pace
 from calotype.data import Batch, micro_batches, share_of
 from calotype.device import accelerator
 from calotype.errors import UserError
@@ -32,7 +32,7 @@ def test_schedule_warms_up_and_comes_down():
 def test_pace_by_steps_by_clock_and_by_both(monkeypatch):
     one = SimpleNamespace(num_processes=1)
     now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
     clock = loop.Pace(settings(steps=None, max_minutes=1.0), 0, 20.0, one)
     both = loop.Pace(settings(steps=10, max_minutes=1.0), 0, 20.0, one)
     now[0] = 10.0
@@ -200,7 +200,7 @@ def test_the_last_steps_are_read_too(finished, tmp_path, monkeypatch, capsys):
 
 def test_a_repeated_sigterm_changes_nothing_and_a_later_ctrl_c_ends_it(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
     with loop.Interruption() as interruption:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as a launcher and a terminal send them
             os.kill(os.getpid(), number)

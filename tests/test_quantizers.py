@@ -4,6 +4,7 @@ import torch
 from diffusers import VQModel
 from torch import nn
 from torch.testing import assert_close
+from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from calotype.randomness import normal
 from calotype.stage1_vae.folding import Statistics, fold
@@ -47,6 +48,74 @@ def test_the_codebook_is_the_running_mean_of_what_chose_it():
             sums[i] = 0.98 * sums[i] + 0.02 * mine.sum(0) * 16 / len(rows)
     assert (counts > quantizer.revive_below).all()
     np.testing.assert_allclose(quantizer.embedding.weight.numpy(), sums / counts[:, None], atol=1e-5)
+
+
+def vector_quantize(ours):
+    """VectorQuantize of vector_quantize_pytorch with our codebook, its vectors never revived.
+
+    It counts choices and not shares of them: what one of ours has seen as 1 it has seen as rows / vectors. Its counts
+    are smoothed with eps, so that this must be next to nothing.
+    """
+    count, dim = ours.embedding.weight.shape
+    theirs = VectorQuantize(
+        dim, count, decay=ours.decay, eps=1e-9, accept_image_fmap=True, rotation_trick=False, threshold_ema_dead_code=0
+    )
+    theirs._codebook.embed.copy_(ours.embedding.weight[None])
+    share = 8 * 4 * 4 / count
+    theirs._codebook.cluster_size.fill_(share)
+    theirs._codebook.embed_avg.copy_(share * ours.embedding.weight[None])
+    return theirs
+
+
+def test_lookup_gradient_and_commitment_are_those_of_another_implementation():
+    ours = started()
+    theirs = vector_quantize(ours)
+    h, eps = codes(1)
+    with torch.no_grad():
+        assert_close(ours.mode(h), theirs.eval()(h)[0])
+        assert len(ours.indices(h).unique()) > 8
+    weight, gradients = codes(2)[0], []
+    for quantizer in (lambda x: ours(x, eps), theirs.train()):
+        x = h.clone().requires_grad_()
+        z, *numbers, penalty = quantizer(x)
+        commitment = penalty if numbers else penalty["commitment"].mean()
+        gradients.append(torch.autograd.grad((z * weight).sum() + commitment, x)[0])
+    assert_close(commitment, ours(h, eps)[1]["commitment"].mean())
+    assert torch.equal(numbers[0], ours.indices(h))
+    assert_close(*gradients)
+
+
+def test_running_means_are_those_of_another_implementation():
+    ours = started()
+    theirs = vector_quantize(ours).train()
+    before = ours.embedding.weight.clone()
+    for seed in range(20):
+        h, eps = codes(seed)
+        ours(h, eps)
+        ours.after_step(GOOD)
+        theirs(h)
+        assert (ours.average.counts > ours.revive_below).all()
+        assert_close(ours.embedding.weight, theirs._codebook.embed[0], atol=1e-5, rtol=1e-5)
+    assert (ours.embedding.weight - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+def test_a_step_that_is_left_out_leaves_the_codebook_as_it_was(value):
+    quantizer = started()
+    steps(quantizer, 3)
+    quantizer.embedding.weight[3] = 1000.0  # and one that is about to be revived
+    quantizer.average.restart(quantizer.embedding.weight)
+    quantizer.average.counts[3] = 0.02
+    before = [tensor.clone() for tensor in (quantizer.embedding.weight, *quantizer.average.buffers())]
+    h, eps = codes(50)
+    h[2:4] = value
+    quantizer(h, eps)
+    quantizer.after_step(torch.tensor(False))
+    after = (quantizer.embedding.weight, *quantizer.average.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert quantizer.seen == []
+    steps(quantizer, 1)  # which is taken
+    assert all(not torch.equal(a, b) and a.isfinite().all() for a, b in zip(after, before, strict=True))
 
 
 def test_micro_batches_make_one_step():
@@ -127,6 +196,40 @@ def test_the_gradient_of_finite_scalars_is_that_of_the_clamp():
     z.sum().backward()
     assert h.grad.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
     assert_close(z.flatten(), torch.tensor([0.5, -1.0, 1.0, 0.0]))
+
+
+LEVELS = [(8, 5, 4), (3, 3), (2, 7), (8, 5, 5, 5)]
+
+
+def finite_scalars(levels, **more):
+    """Our quantiser, and FSQ of vector_quantize_pytorch whose levels are spread evenly over [-1, 1] as ours are."""
+    ours = FiniteScalar(nn.Embedding(int(np.prod(levels)), len(levels)), levels)
+    return ours, FSQ(list(levels), preserve_symmetry=True, **more)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_grid_is_that_of_another_implementation(levels):
+    """The numbers of the codes differ, for their first channel runs fastest and ours slowest."""
+    ours, theirs = finite_scalars(levels)
+    assert ours.embedding.num_embeddings == theirs.codebook_size
+    grid = {tuple(code) for code in ours.embedding.weight.mul(1000).round().tolist()}
+    assert grid == {tuple(code) for code in theirs.implicit_codebook.mul(1000).round().tolist()}
+    assert len(grid) == theirs.codebook_size
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("hard", [True, False])
+def test_codes_and_their_gradient_are_those_of_another_implementation(levels, hard):
+    """With its bound as a clamp ours is the same function; the paper's tanh is ours after a tanh."""
+    ours, theirs = finite_scalars(levels, bound_hard_clamp=hard)
+    h = codes(3, shape=(len(levels), 4, 4), spread=1.2)[0]
+    found, other = h.clone().requires_grad_(), h.clone().requires_grad_()
+    z, quantised = ours(found if hard else found.tanh(), found)[0], theirs(other)[0]
+    assert_close(z, quantised, atol=1e-6, rtol=0)
+    weight = codes(4, shape=(len(levels), 4, 4))[0]
+    (z * weight).sum().backward(), (quantised * weight).sum().backward()
+    assert_close(found.grad, other.grad, atol=1e-5, rtol=1e-5)
+    assert (found.grad == 0).any() == hard and (found.grad != 0).float().mean() > 0.4
 
 
 def test_perplexity_and_usage_in_known_cases():
