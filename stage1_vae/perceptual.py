@@ -64,7 +64,8 @@ class Lpips(nn.Module):
     def __init__(self, backbone: dict[str, Tensor]):
         super().__init__()
         lpips = _lpips_package()
-        whole = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
+        with torch.random.fork_rng(devices=[]):  # it fills the backbone with random numbers first
+            whole = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
         slices = [part for i in range(1, 6) for part in getattr(whole.net, f"slice{i}").named_parameters()]
         for name, parameter in slices:  # the slices keep torchvision's numbers of layers
             parameter.data.copy_(backbone[f"features.{name}"])
