@@ -36,7 +36,7 @@ MEMBERS = {
     "strong, beta 4": [*STRONG, "--beta", "4"],
     "strong, free bits": [*STRONG, "--beta", "4", "--free-bits", "0.5"],
     "vq 512": ["--regularizer", "vq", "--codebook", "512"],
-    "fsq 8,5,5,5": ["--regularizer", "fsq", "--levels", "8,5,5,5"],
+    "fsq 8,5,5,5": ["--regularizer", "fsq", "--levels", "8,5,5,5", "--lr", "1e-3"],
     "two numbers, 32x32": ["--latent-dim", "2", "--beta", "1", "--lr", "1e-3"],
     "two numbers, 12x12": ["--latent-dim", "2", "--beta", "1", "--lr", "1e-3"],
 }

@@ -1,14 +1,16 @@
 """A better start than random weights: initial conditions measured on real pictures."""
 
 import torch
-from diffusers import VQModel
 from torch import Tensor, nn
 
 from calotype.randomness import key
 from calotype.stage1_vae.models import Autoencoder
 from calotype.stage1_vae.regularizers import FiniteScalar, VectorQuantization
 
-_EVEN_STD = 0.58  # of an even spread over [-1, 1], the range of finite scalar quantisation
+# Of codes before a grid over [-1, 1]: 0.58 would be an even spread, but training draws them together, and corners of
+# the grid that are never met stay empty. Measured on MNIST, a minute, share of 1,000 codes that 512 held-out pictures
+# use: 0.57 from 0.58, 0.66 from 1.0, 0.68 from 1.5 (0.82 of 5,000 pictures), at the same PSNR.
+_GRID_STD = 1.5
 _TAPS = {1: 3.0, 2: 1.5}  # by side of a map: sqrt(9 / taps of a 3x3 kernel that meet something)
 
 
@@ -23,9 +25,10 @@ def prepare(model: Autoencoder, x: Tensor, seed: int) -> None:
     deep = max(x.shape[2:]) <= model.factor
     if deep:
         carry_signal(model, x)
-    if deep or isinstance(regularizer, FiniteScalar):
+    grid = isinstance(regularizer, FiniteScalar)
+    if deep or grid:
         codes = model.vae.config.latent_channels
-        spread(model.vae.quant_conv, _encode(model, x), codes, _EVEN_STD if isinstance(model.vae, VQModel) else 1.0)
+        spread(model.vae.quant_conv, _encode(model, x), codes, _GRID_STD if grid else 1.0)
     if isinstance(regularizer, VectorQuantization):
         regularizer.start_from(_encode(model, x), torch.Generator().manual_seed(key(seed, "codebook")))
 
