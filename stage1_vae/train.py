@@ -211,6 +211,8 @@ class VaeStage:
     def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
         """Diagnoses, and what the guard of the adversarial phase says."""
         guard = self.adversary.review(figures, step, progress) if self.adversary else Review()
+        if not (self.adversary and self.adversary.phase(step) == "playing"):
+            figures = figures | {"discriminator_accuracy": 0.0}  # it is meant to win while it learns alone
         return guard._replace(sentences=(*self.diagnoses.of(figures, progress), *guard.sentences))
 
     def preview(self) -> Image.Image:
