@@ -102,7 +102,7 @@ class Run:
         for name, optimizer in self.stage.optimizers.items():
             checkpoint.load_optimizer(optimizer, parts[f"{name}_optimizer"])
 
-    def _go_back(self, step: int | None, reason: str) -> None:
+    def _go_back(self, step: int | None, reason: str, besides: str = "") -> None:
         """Weights and optimisers as they were at a checkpoint; the steps count on, so other batches follow."""
         found = checkpoint.load(self.out / "checkpoints", up_to=step)
         if found is None:
@@ -112,7 +112,7 @@ class Run:
             )
         parts, state = found
         self._put_back(parts)
-        self._say(f"{reason}: the run goes back to the weights of step {state['step']}.")
+        self._say(f"{reason}: the run goes back to the weights of step {state['step']}{besides}.")
 
     def _say(self, sentence: str) -> None:
         """Tell the person, and the report."""
@@ -194,7 +194,7 @@ class Run:
                 f"{self.stage.name}: the gradient is not finite at step {self.at_step}, again and again; try a lower "
                 f"--lr, or --precision fp32. The last good state is in {self.out / 'checkpoints'}."
             )
-        self._go_back(None, "The gradient was not finite three times in a row; the learning rate is halved")
+        self._go_back(None, "The gradient was not finite three times in a row", ", with half the learning rate")
 
     def _validate(self, progress: float = 1.0) -> None:
         self._log()  # a state that is not finite must not be measured, kept or exported

@@ -274,7 +274,7 @@ def test_three_in_a_row_send_the_run_back_with_half_the_rate(finished, tmp_path,
     out = tmp_path / "run"
     more = ["--checkpoint-every", "4", "--keep-checkpoints", "9", "--steps", "16", "--log-every", log_every]
     assert cli.main(words(finished, out, *more)) == 0
-    assert "goes back to the weights of step 4" in said_all(out)[1] and "learning rate is halved" in said_all(out)[1]
+    assert "goes back to the weights of step 4" in said_all(out)[1] and "half the learning rate" in said_all(out)[1]
     first, back, last = (read_checkpoint(out, step) for step in (4, 8, 16))
     assert differing(first, back) == [] and differing(back, last) != []  # not step 4's own successor: that was undone
     rates = column(out, "lr")
