@@ -143,14 +143,19 @@ def test_codes_that_lie_far_away_are_dead(finished):
 
 
 def test_a_discriminator_that_was_trained_alone_wins(finished):
+    """It is said once the decoder sees it, and not while it is meant to win."""
     found = stage(finished, adversarial=0.5, discriminator_lr=4e-3)
     assert "The discriminator wins" not in diagnosed(found)
+    figures = found.validate()
+    found.adversary.state |= {"began": 0, "before": figures, "good": figures}
     with torch.no_grad():
         x = found.take(found.pictures, list(range(32)))
         x_hat = found.decode(torch.zeros(32, 4, 8, 8), (16, 16))
     for step in range(40):
         found.adversary.pretrain(x_hat, x, step, 1)
         found.adversary.update()
+    assert diagnosed(found) == []
+    found.adversary.state["began"] = -found.settings.adversarial_pretraining
     assert diagnosed(found) == ["The discriminator wins"]
 
 

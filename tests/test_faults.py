@@ -302,7 +302,7 @@ def test_a_run_that_cannot_go_on_ends_in_one_line(finished, tmp_path, monkeypatc
     assert expected in line and "--lr" in line and "--precision fp32" in line
     assert not (out / "finished.json").exists() and not (out / "vae").exists()
     if first_fault:
-        assert sum("halved" in sentence for sentence in said_all(out)) == 4
+        assert sum("half the learning rate" in sentence for sentence in said_all(out)) == 4
         assert differing(read_checkpoint(out, 3), newest(out)) == []
 
 
