@@ -8,6 +8,7 @@ COUNT = 96
 MEMBERS = {  # flags of stage 1, each with something of its own to keep equal
     "kl": ["--regularizer", "kl"],
     "vq": ["--regularizer", "vq"],
+    "fsq": ["--regularizer", "fsq", "--levels", "5,4"],
     "tc": ["--regularizer", "tc", "--gamma", "10"],
     "gan": "--perceptual features --adversarial 0.5 --adversarial-start 0.2 --adversarial-pretraining 5".split(),
 }

@@ -1,6 +1,9 @@
 """One device policy: which device, which precision, which attention."""
 
 import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +36,23 @@ def _refuse_missing_trackers(trackers: tuple[str, ...]) -> None:
         if name not in here:
             known = f"here are {', '.join(sorted(here))}" if here else "none is installed"
             raise UserError(f"--trackers {name} is not to be had ({known}); try pip install 'calotype[track]'.")
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end the process with its exit code, also as one of several.
+
+    There the process group's threads may abort an interpreter that shuts down in the ordinary way, after all is done
+    ("terminate called without an active exception"), and a launcher would take the run for failed.
+    """
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def device() -> torch.device:

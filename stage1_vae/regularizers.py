@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
+from calotype.stage1_vae.whitening import Whitening, moments, statistics
+
 Terms = dict[str, Tensor]
 
 
@@ -111,12 +113,9 @@ class VectorQuantization(nn.Module):
         """The nearest code vectors (B, c, h, w)."""
         return self.lookup(self.indices(h))
 
-    @torch.no_grad()
     def indices(self, h: Tensor) -> Tensor:
         """Numbers (B, h, w) of the nearest code vectors."""
-        with torch.autocast(h.device.type, enabled=False):  # near codes must not be confused by bf16
-            distance = torch.cdist(_rows(h).float(), self.embedding.weight)
-        return distance.argmin(1).reshape(len(h), *h.shape[2:])
+        return nearest(h, self.embedding.weight)
 
     def lookup(self, numbers: Tensor) -> Tensor:
         """Code vectors (B, c, h, w) of numbers (B, h, w)."""
@@ -192,14 +191,18 @@ class FiniteScalar(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2024): channel i is rounded to one of `levels[i]` values in [-1, 1].
 
     The paper bounds with tanh; a clamp does as well and makes the code the nearest point of a grid, so that a stock
-    `VQModel` whose codebook is that grid reproduces it. No codebook loss, nothing to collapse.
+    `VQModel` whose codebook is that grid reproduces it. No codebook loss: what keeps the whole grid in use is that
+    codes are held white, with a deviation at which the outer levels are met as often as the inner ones.
     """
 
     name = "fsq"
+    std = 1.0
 
     def __init__(self, embedding: nn.Embedding, levels: tuple[int, ...]):
         super().__init__()
         self.embedding = embedding.requires_grad_(False)
+        self.whitening = Whitening(len(levels), self.std)
+        self.seen: list[Tensor] = []
         self.register_buffer("steps", (torch.tensor(levels, dtype=torch.float32) - 1).reshape(1, -1, 1, 1) / 2)
         axes = [torch.linspace(-1, 1, level) for level in levels]
         with torch.no_grad():
@@ -207,17 +210,43 @@ class FiniteScalar(nn.Module):
 
     def forward(self, h: Tensor, eps: Tensor) -> tuple[Tensor, Terms]:
         """h (B, c, h, w); eps is not used. Outside [-1, 1] the gradient is that of the clamp: none."""
-        bounded = h.clamp(-1, 1)
-        return bounded + (self.mode(h) - bounded).detach(), {}
+        if self.training and torch.is_grad_enabled():
+            self.seen.append(_rows(h.detach()))
+        bounded = self.whitening(h).clamp(-1, 1)
+        return bounded + (self._round(bounded) - bounded).detach(), {}
 
     def mode(self, h: Tensor) -> Tensor:
         """The nearest points of the grid (B, c, h, w)."""
-        return ((h.clamp(-1, 1) + 1) * self.steps).round() / self.steps - 1
+        return self._round(self.whitening(h).clamp(-1, 1))
 
-    indices = VectorQuantization.indices
+    def indices(self, h: Tensor) -> Tensor:
+        """Numbers (B, h, w) of those points."""
+        return nearest(self.whitening(h), self.embedding.weight)
 
+    @torch.no_grad()
     def after_step(self, good: Tensor) -> None:
-        """Nothing to do."""
+        """Take the codes of an optimiser step, over all processes, into the running statistics."""
+        found = moments(*(reduce(total, "sum") for total in statistics(torch.cat(self.seen))))
+        self.seen.clear()
+        held = (self.whitening.mean, self.whitening.covariance)
+        taken = (torch.where(good, new, old) for new, old in zip(found, held, strict=True))
+        self.whitening.update(*taken, 1 - self.whitening.decay)
+
+    @torch.no_grad()
+    def start_from(self, h: Tensor) -> None:
+        """Begin with the statistics of what the untrained encoder gives; h (B, c, h, w)."""
+        self.whitening.update(*moments(*statistics(_rows(h))), 1.0)
+
+    def _round(self, bounded: Tensor) -> Tensor:
+        return ((bounded + 1) * self.steps).round() / self.steps - 1
+
+
+@torch.no_grad()
+def nearest(h: Tensor, codes: Tensor) -> Tensor:
+    """Numbers (B, h, w) of the code vectors (K, c) nearest to h (B, c, h, w)."""
+    with torch.autocast(h.device.type, enabled=False):  # near codes must not be confused by bf16
+        distance = torch.cdist(_rows(h).float(), codes)
+    return distance.argmin(1).reshape(len(h), *h.shape[2:])
 
 
 def _totals(rows: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from calotype.stage1_vae.corruption import parse_corruption
 from calotype.stage1_vae.diagnoses import Diagnoses
 from calotype.stage1_vae.held_out import HeldOut
 from calotype.stage1_vae.losses import RECONSTRUCTION
-from calotype.stage1_vae.regularizers import KL, VectorQuantization
+from calotype.stage1_vae.regularizers import KL, FiniteScalar, VectorQuantization
 from calotype.stage1_vae.total_correlation import TotalCorrelation
 
 _STATISTICS_PICTURES = 16_384  # enough for a relative error of the deviation well below 1 %
@@ -83,6 +83,8 @@ class VaeStage:
         found: dict[str, torch.nn.Module] = {"vae": self.model.vae}
         if isinstance(self.model.regularizer, VectorQuantization):
             found["codebook"] = self.model.regularizer.average
+        if isinstance(self.model.regularizer, FiniteScalar):
+            found["whitening"] = self.model.regularizer.whitening
         if self.model.likelihood:
             found["likelihood"] = self.model.likelihood
         if self.adversary:
@@ -225,6 +227,8 @@ class VaeStage:
         log_variance = getattr(self.model.regularizer, "fixed_log_variance", None)
         if log_variance is not None:
             folding.fix_variance(vae, log_variance)
+        if isinstance(self.model.regularizer, FiniteScalar):
+            self.model.regularizer.whitening.fold_into(vae.quant_conv)
         statistics = self._statistics()
         folding.fold(vae, statistics)
         temporary = folder / ".vae"
@@ -288,4 +292,4 @@ def main(settings: VaeSettings) -> None:
 if __name__ == "__main__":
     from calotype.cli import main as cli
 
-    sys.exit(cli(["train-vae", *sys.argv[1:]]))
+    device.leave(lambda: cli(["train-vae", *sys.argv[1:]]))

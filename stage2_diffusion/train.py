@@ -188,4 +188,4 @@ def main(settings: DiffusionSettings) -> None:
 if __name__ == "__main__":
     from calotype.cli import main as cli
 
-    sys.exit(cli(["train-diffusion", *sys.argv[1:]]))
+    device.leave(lambda: cli(["train-diffusion", *sys.argv[1:]]))

@@ -23,13 +23,13 @@ def stages(member, *names):
     return ["--stages", *(names if member == "kl" else names[:1])]
 
 
-@pytest.mark.parametrize("member", ["kl", "vq", "tc", "gan"])
+@pytest.mark.parametrize("member", ["kl", "vq", "fsq", "tc", "gan"])
 def test_killed_and_repeated_ends_with_the_same_bits(tmp_path, member):
     names = stages(member, "stage1", "stage2")
     benchmark("kill_resume", "--kills", 3, "--out", tmp_path, "--member", member, *names)
 
 
-@pytest.mark.parametrize("member", ["kl", "vq", "tc", "gan"])
+@pytest.mark.parametrize("member", ["kl", "vq", "fsq", "tc", "gan"])
 def test_two_processes_equal_one(tmp_path, member):
     names = stages(member, "train-vae", "train-diffusion")
     benchmark("processes", "--steps", 20, "--out", tmp_path, "--member", member, *names)

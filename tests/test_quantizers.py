@@ -244,3 +244,54 @@ def test_active_units_are_those_that_vary():
     for part in mean.split(100):
         gauge.add(part)
     assert gauge.figures(gauge.total)["active_units"] == 0.5
+
+
+def white(h):
+    rows = h.permute(0, 2, 3, 1).reshape(-1, h.shape[1])
+    return rows.mean(0), torch.cov(rows.T)
+
+
+def narrow(seed, n=64):
+    """Codes whose channels are narrow, shifted and nearly alike."""
+    h = normal(seed, "narrow", 0, n, (2, 4, 4))
+    return torch.stack([0.1 * h[:, 0] + 3, 0.1 * h[:, 0] + 0.01 * h[:, 1] - 1], dim=1)
+
+
+def test_codes_before_a_grid_are_held_white():
+    quantizer = FiniteScalar(nn.Embedding(25, 2), (5, 5))
+    use = CodeUse(25)
+    use.add(quantizer.indices(narrow(0)))
+    assert use.figures(use.total)["code_usage"] <= 0.2
+    quantizer.start_from(narrow(0))
+    for seed in range(800):
+        quantizer(3 * narrow(seed) + 5, narrow(seed))  # the encoder has moved since
+        quantizer.after_step(GOOD)
+    mean, covariance = white(quantizer.whitening(3 * narrow(999, 512) + 5))
+    assert_close(mean, torch.zeros(2), atol=0.05, rtol=0)
+    assert_close(covariance, torch.eye(2), atol=0.05, rtol=0)
+    use.total.zero_()
+    use.add(quantizer.indices(3 * narrow(999, 512) + 5))
+    assert use.figures(use.total)["code_usage"] == 1.0
+
+
+def test_whitening_folds_into_the_convolution_before_it():
+    quantizer, conv = FiniteScalar(nn.Embedding(25, 2), (5, 5)), nn.Conv2d(3, 2, 1)
+    x = torch.randn(8, 3, 4, 4)
+    with torch.no_grad():
+        quantizer.start_from(conv(x))
+        before = quantizer.whitening(conv(x))
+        quantizer.whitening.fold_into(conv)
+        assert_close(conv(x), before, atol=1e-4, rtol=1e-4)
+        assert_close(quantizer.whitening(conv(x)), conv(x))
+
+
+def test_micro_batches_and_left_out_steps_of_a_grid():
+    whole, parts = (FiniteScalar(nn.Embedding(25, 2), (5, 5)) for _ in range(2))
+    h = narrow(1)
+    whole(h, h), parts(h[:32], h), parts(h[32:], h)
+    whole.after_step(GOOD), parts.after_step(GOOD)
+    assert_close(parts.whitening.state_dict(), whole.whitening.state_dict(), atol=1e-4, rtol=1e-4)
+    before = {name: value.clone() for name, value in whole.whitening.state_dict().items()}
+    whole(h * float("nan"), h)
+    whole.after_step(~GOOD)
+    assert_close(whole.whitening.state_dict(), before, atol=1e-6, rtol=1e-6)
