@@ -2,6 +2,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests at a time share the cores
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,3 +44,17 @@ def finished(pictures, tmp_path_factory):
     ):
         assert cli.main(argv) == 0, argv
     return out
+
+
+@pytest.fixture
+def run_benchmark():
+    """Run one of the benchmarks to its end and insist on success."""
+
+    def run(name, *words):
+        command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, words)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
