@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from calotype.randomness import key
 from calotype.stage1_vae.models import Autoencoder
 from calotype.stage1_vae.regularizers import FiniteScalar, VectorQuantization
-from calotype.stage1_vae.whitening import Whitening, moments, statistics
 
 _TAPS = {1: 3.0, 2: 1.5}  # by side of a map: sqrt(9 / taps of a 3x3 kernel that meet something)
 
@@ -31,15 +30,15 @@ def prepare(model: Autoencoder, x: Tensor, seed: int) -> None:
 
 @torch.no_grad()
 def spread(conv: nn.Conv2d, h: Tensor, codes: int) -> None:
-    """Turn the 1x1 convolution that made h (B, c, h, w), so that its first `codes` channels are white, of deviation 1.
+    """Rescale the 1x1 convolution that made h (B, c, h, w): its first `codes` channels get mean 0 and deviation 1.
 
-    A fresh encoder's outputs are so narrow, and so much alike, that a decoder hears nothing.
+    A fresh encoder's outputs are so narrow that a decoder hears nothing. Each channel by itself: a code may have more
+    numbers than there are pictures here, and directions without any variance must not be blown up.
     """
-    rows = h[:, :codes].permute(0, 2, 3, 1).reshape(-1, codes)
-    whitening = Whitening(codes, 1.0)
-    whitening.update(*moments(*statistics(rows)), 1.0)
-    conv.weight[:codes] = torch.einsum("ij,jkhw->ikhw", whitening.matrix, conv.weight[:codes])
-    conv.bias[:codes] = whitening.matrix @ (conv.bias[:codes] - whitening.mean)
+    h = h[:, :codes]
+    scale = 1 / h.std((0, 2, 3)).clamp_min(1e-6)
+    conv.weight[:codes] *= scale[:, None, None, None]
+    conv.bias[:codes] = (conv.bias[:codes] - h.mean((0, 2, 3))) * scale
 
 
 @torch.no_grad()

@@ -193,3 +193,20 @@ def test_codes_are_counted_and_exported(finished, tmp_path, words, codes):
     assert vae.config.num_vq_embeddings == codes and vae.config.scaling_factor == 1.0
     parts, _ = checkpoint.load(tmp_path / "vae/checkpoints")
     assert ("codebook" in parts) == (words[0] == "vq")
+
+
+def test_a_code_may_have_more_numbers_than_pictures_that_start_it():
+    from calotype.stage1_vae import models, start
+    from calotype.stage1_vae.config import VaeSettings
+
+    settings = VaeSettings(source="", out="", width=8, latent_dim=96)
+    model = models.build(settings, channels=1, size=(16, 16))
+    torch.manual_seed(0)
+    x = torch.rand(40, 1, 16, 16) * 2 - 1
+    start.prepare(model, x, seed=0)
+    with torch.no_grad():
+        mean = model.encode(x)[:, :96]
+        # The same code but for rounding: nothing was amplified that tells no picture from another.
+        other = model.encode(x + 1e-4 * torch.randn_like(x))[:, :96]
+    torch.testing.assert_close(mean.std(0).flatten(), torch.ones(96), atol=1e-2, rtol=0)
+    assert (other - mean).abs().max() < 0.05
