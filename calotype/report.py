@@ -111,6 +111,8 @@ def contents(run: Path) -> dict:
         "final": read_sheet(run / "pipeline" / "samples.png", 1600),
         "evaluation": read_json(run / "stage1_vae" / "evaluation.json"),
         "metrics": metrics,
+        "audit": read_json(run / "evaluation" / "memorisation.json"),
+        "pairs": read_sheet(run / "evaluation" / "memorisation.png", 1600),
         "log": log,
         "figures": headline(data, metrics, vae, diffusion, log),
     }

@@ -9,8 +9,10 @@ from calotype import device
 from calotype.autoencoder import decode, posterior
 from calotype.checkpoint import write_text
 from calotype.data import Pictures
+from calotype.errors import UserError
 from calotype.images import normalize
 from calotype.metrics import psnr
+from calotype.pipeline import measured, memorization, sample_figures
 from calotype.pipeline.export import model_card
 from calotype.pipeline.generate import find, load
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
@@ -20,13 +22,44 @@ from calotype.sheet import read_sheet
 def main(settings) -> None:
     """Write RUN/metrics.json; every figure names its split, its n and how it was made."""
     sheet = read_sheet(settings.run / "data.json")
-    held_out = Pictures(sheet, "val")
+    splits = {split: Pictures(sheet, split) for split in ("val", "train")}
     pipe = load(settings.run)
-    metrics = reconstruction(pipe, held_out, settings.precision) | diffusion_loss(settings.run)
-    write_text(settings.run / "metrics.json", json.dumps(metrics, indent=1))
+    metrics = reconstruction(pipe, splits["val"], settings.precision)
+    if made := _samples(settings, pipe, splits):
+        metrics |= sample_figures.figures(settings, pipe, splits[settings.reference], made)
+        if settings.audit:
+            metrics |= memorization.audit(settings.run / "evaluation", splits, made)
+    metrics |= diffusion_loss(settings.run)
+    write_text(settings.run / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
     write_text(find(settings.run) / "README.md", model_card(pipe, settings.run))
+    for contract in dict.fromkeys(entry["contract"] for entry in metrics.values() if "contract" in entry):
+        print(f"Measured: {contract}.")
     for name, entry in metrics.items():
-        print(f"{name} {entry['value']:.4g}  (n = {entry['n']:,}; {entry['how']})")
+        print(line(name, entry))
+
+
+def line(name: str, entry: dict) -> str:
+    """A figure as one line of text, without its contract."""
+    between = f" ({entry['low']:.4g} to {entry['high']:.4g})" if "low" in entry else ""
+    return f"{name} {entry['value']:.4g}{between}  (n = {entry['n']:,}; {entry['how']})"
+
+
+def _samples(settings, pipe: LatentDiffusionPipeline, splits: dict[str, Pictures]) -> measured.Samples | None:
+    """The pictures to measure, None if none are wanted or too few could be compared."""
+    reference = splits[settings.reference]
+    if settings.n == 0:
+        return None
+    if len(reference) < sample_figures.LEAST:
+        print(
+            f"Figures of samples are left out: {len(reference)} pictures in {settings.reference} are fewer than "
+            f"{sample_figures.LEAST}; hold out more with --val."
+        )
+        return None
+    if settings.n is not None and settings.n < sample_figures.LEAST:
+        raise UserError(f"-n {settings.n} is too few to be measured; give {sample_figures.LEAST} or more, or 0.")
+    if settings.samples:
+        return measured.read(settings.samples, reference.sheet, settings.n)
+    return measured.draw(pipe, settings, splits)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Adversary:
             discriminator = PatchDiscriminator(channels, 2 * settings.width, depth_for(size))
         self.discriminator = discriminator.to(accelerator.device)
         lr = settings.discriminator_lr or 0.1 * settings.lr
-        self.optimizer = loop.make_optimizer(self.discriminator.parameters(), settings, lr, betas=(0.5, 0.9))
+        self.optimizer = loop.make_optimizer(self.discriminator, settings, lr, betas=(0.5, 0.9))
         self.state: dict[str, Any] = {"began": None, "weight": settings.adversarial, "history": [], "good": None}
 
     def phase(self, step: int) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from calotype import device
+from calotype import device, features
 from calotype.checkpoint import write_text
 from calotype.errors import UserError
 from calotype.sheet import VARIATIONS, Sheet, open_sheet, summary
-from calotype.stage1_vae import feature_networks, perceptual
+from calotype.stage1_vae import perceptual
 from calotype.stage1_vae.columns import refuse_out
 from calotype.stage1_vae.config import EvaluateVaeSettings
 from calotype.stage1_vae.disentanglement import SENTENCE, mean_sd
@@ -32,7 +32,7 @@ def main(settings: EvaluateVaeSettings) -> None:
     subjects = [Subject.open(folder, settings.precision) for folder in settings.vae]
     refuse_strangers(subjects)
     sheet = _open_pictures(settings, subjects[0], out)
-    network = feature_networks.build(settings.features, settings.allow_download, device.device())
+    network = features.build(settings.features, settings.allow_download, device.device())
     judge = Judge(settings, network, _perceptual(tuple(sheet.image_size)))
     print(summary(sheet))
     runs = [evaluate(subject, sheet, judge) for subject in subjects]

@@ -13,6 +13,7 @@ from torch import Tensor
 from calotype import device
 from calotype.data import Pictures, evenly_spaced
 from calotype.errors import UserError
+from calotype.features import FeatureNetwork, SetDistance
 from calotype.images import normalize
 from calotype.metrics import psnr, ssim
 from calotype.randomness import normal
@@ -20,7 +21,6 @@ from calotype.sheet import VARIATIONS, Sheet
 from calotype.stage1_vae import bounds, disentanglement
 from calotype.stage1_vae.columns import measure_pictures
 from calotype.stage1_vae.config import EvaluateVaeSettings
-from calotype.stage1_vae.feature_networks import FeatureNetwork, SetDistance
 from calotype.stage1_vae.gauges import ActiveUnits, CodeUse, Mean
 from calotype.stage1_vae.models import latent_shape
 from calotype.stage1_vae.perceptual import GradientFeatures, Lpips

@@ -26,7 +26,7 @@ class TotalCorrelation:
             torch.manual_seed(key(settings.seed, "total correlation"))
             self.critic = _mlp(size).to(accelerator.device)
         lr = settings.discriminator_lr or 0.1 * settings.lr
-        self.optimizer = loop.make_optimizer(self.critic.parameters(), settings, lr, betas=(0.5, 0.9))
+        self.optimizer = loop.make_optimizer(self.critic, settings, lr, betas=(0.5, 0.9))
         self.seen: list[Tensor] = []
 
     def term(self, z: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class VaeStage:
         self.diagnoses = Diagnoses()
         self.models, self.averages = self._models(), {}
         self.identity = {"the data": sheet.fingerprint}
-        optimizer = loop.make_optimizer(self.model.parameters(), settings, settings.lr)
+        optimizer = loop.make_optimizer(self.model, settings, settings.lr)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.optimizers = {"vae": self.optimizer.optimizer} | self._critics("optimizer")
         self.held_out = HeldOut(self, Pictures(sheet, "val"))

@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from calotype import cli
+from calotype import cli, features
 from calotype.data import Pictures
 from calotype.images import normalize
 from calotype.sheet import read_sheet
-from calotype.stage1_vae import feature_networks, figures, folding
+from calotype.stage1_vae import figures, folding
 from calotype.stage1_vae.config import EvaluateVaeSettings
 from calotype.stage1_vae.disentanglement import SENTENCE, shape_factors
 from calotype.stage1_vae.evaluate import combined, strange_latents
@@ -144,7 +144,7 @@ def test_noise_does_not_depend_on_the_batch_size_and_more_samples_go_on(root):
     values = []
     for size, samples in ((128, 2), (5, 2), (128, 16)):
         settings = EvaluateVaeSettings(source="", vae=("x",), batch_size=size, samples=samples)
-        judge = Judge(settings, feature_networks.gradients(), GradientFeatures())
+        judge = Judge(settings, features.gradients(), GradientFeatures())
         values.append([figure.value for figure in figures.bound(subject, pictures, judge).values()])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert values[0][0] != values[2][0] and values[2][2] < values[0][2]
@@ -270,58 +270,11 @@ def test_small_pictures_of_a_single_code_are_measured_in_their_own_size(tmp_path
     assert "sides of 16 pixels" in capsys.readouterr().out and found["ssim[val]"]["value"] <= 1
 
 
-def test_equal_sets_have_no_distance_and_any_function_will_do():
-    x = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    network = feature_networks.FeatureNetwork("colour", lambda x: x.mean((2, 3)), "mean colour")
-    for chosen, width in ((network, 3), (feature_networks.gradients(), 6 * 3 * 2)):
-        same, apart = (feature_networks.SetDistance(chosen) for _ in range(2))
-        same.add(x, x)
-        apart.add(x, (x + 0.5).clamp(-1, 1))
-        frechet, kernel, d = same.figures()
-        assert frechet == pytest.approx(0, abs=1e-6) and d == width
-        assert abs(kernel) < abs(apart.figures()[1]) and apart.figures()[0] > 100 * frechet + 1e-4
-
-
 def test_a_network_gives_its_name_to_the_figures(root):
-    network = feature_networks.FeatureNetwork("colour", lambda x: x.mean((2, 3)), "mean colour")
+    network = features.FeatureNetwork("colour", lambda x: x.mean((2, 3)), "mean colour")
     judge = Judge(EvaluateVaeSettings(source="", vae=("x",), precision="fp32"), network, GradientFeatures())
     found = figures.evaluate(Subject.open(root / "kl/vae", "fp32"), read_sheet(root / "data.json"), judge)
     assert "mean colour" in found["rfid[colour]"].how and "d = 3" in found["rkid[colour]"].how
-
-
-def test_pooled_gradients_of_a_flat_picture_are_nothing():
-    features = feature_networks.gradients().features
-    assert features(torch.full((2, 1, 12, 12), 0.3)).shape == (2, 12)
-    assert features(torch.full((2, 1, 12, 12), 0.3)).abs().max() < 2e-3
-    ramp = torch.linspace(-1, 1, 12).expand(1, 1, 12, 12)
-    assert features(ramp)[0, 0] == pytest.approx(2 / 12, abs=1e-5)  # the mean horizontal step; the last is 0
-
-
-def test_inception_comes_from_the_hub_folder_alone(root, tmp_path, no_weights, capsys):
-    words = ["evaluate-vae", root / "data.json", "--vae", root / "kl/vae", "--features", "inception"]
-    assert f"{no_weights}" in (message := refused(capsys, *words)) and "--allow-download" in message
-    assert "no network" in refused(capsys, *words, "--allow-download")
-    no_weights.mkdir(parents=True, exist_ok=True)
-    file = no_weights / "inception_v3_google-0cc3c7bd.pth"
-    file.write_bytes(b"not weights")
-    assert "is damaged" in refused(capsys, *words)
-
-    from torchvision.models import inception_v3
-
-    torch.manual_seed(0)
-    stock = inception_v3(weights=None, init_weights=False).eval()
-    torch.save(stock.state_dict(), file)
-    before = torch.get_rng_state()
-    network = feature_networks.inception(False, torch.device("cpu"))
-    assert torch.equal(before, torch.get_rng_state())
-    x = torch.rand(3, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    kept = []
-    stock.avgpool.register_forward_hook(lambda *call: kept.append(call[2].flatten(1)))
-    with torch.no_grad():
-        stock(x)
-        torch.testing.assert_close(network.features(x), kept[0])
-        assert network.features(x[:, :1, ::16, ::16]).shape == (3, 2048)
-    assert network.name == "inception" and "torchvision" in network.about
 
 
 @pytest.mark.parametrize(

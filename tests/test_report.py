@@ -229,6 +229,25 @@ def test_an_odd_chart_takes_a_whole_row():
     assert [chart.width for chart in folded] == [curves.WIDTH, curves.WIDTH]
 
 
+def test_the_kernel_distance_of_a_training_has_a_curve_on_the_page(run):
+    rows = [{"step": s, "loss[val]": 0.5, "kid[encoder]": v} for s, v in ((100, 3.5), (200, 0.4), (300, -0.01))]
+    write_rows(run / "stage2_diffusion/metrics.jsonl", rows)
+    (chart,) = [chart for chart in report.read_stage(run / "stage2_diffusion").charts if chart.title == "kid"]
+    assert [point[2:] for point in chart.curves[0].points] == [(100, 3.5), (200, 0.4), (300, -0.01)]
+    page = page_of(run)
+    assert "KID" in page.text and "encoder" in page.text
+
+
+def test_intervals_contracts_and_classes_are_shown_once(run):
+    entry = {"n": 512, "how": "unbiased", "contract": "512 samples, guidance 1.5"}
+    found = {"kid[own]": {"value": 0.25, "low": -0.125, "high": 0.5} | entry, "fid[own]": {"value": 2.5} | entry}
+    found["accuracy[own]"] = {"value": 0.75, "classes": {"red": 1.0, "blue": 0.5}} | entry
+    (run / "metrics.json").write_text(json.dumps(found))
+    text = " ".join(page_of(run).text.split())
+    assert text.count("Measured: 512 samples, guidance 1.5.") == 1
+    assert "-0.125 to 0.5" in text and "blue 50.0 %" in text and "None" not in text
+
+
 def test_polylines_on_the_page_have_the_points_of_the_run(run):
     page = page_of(run)
     lines = [line["points"].split() for line in page.all("polyline")]
