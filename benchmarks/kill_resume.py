@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tiny import MEMBERS, diffusion_flags, vae_flags, write_pictures
+from benchmarks.tiny import CONDITIONS, MEMBERS, diffusion_flags, vae_flags, write_pictures
 from calotype import checkpoint, cli
 
 STEPS = 40
@@ -32,11 +32,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--member", default="kl", choices=MEMBERS, help="of the autoencoder family")
+    parser.add_argument("--condition", default="class", choices=CONDITIONS, help="of stage 2")
     parser.add_argument("--stages", nargs="+", default=["stage1", "stage2"])
     args = parser.parse_args()
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
     args.out.mkdir(parents=True, exist_ok=True)
-    work = Work(args.out, MEMBERS[args.member])
+    work = Work(args.out, MEMBERS[args.member], CONDITIONS[args.condition])
     rows = [trials(work, stage, args.kills, random.Random(args.seed)) for stage in args.stages]
     print(f"{'stage':8} {'same bits':>10} {'killed in a save':>17} {'bad checkpoints seen':>21}")
     for row in rows:
@@ -50,10 +51,10 @@ def main() -> int:
 class Work:
     """The data, the undisturbed runs and their hashes."""
 
-    def __init__(self, out: Path, member: list[str]):
+    def __init__(self, out: Path, member: list[str], condition: list[str]):
         self.out = out
         self.more = ["--steps", str(STEPS), "--checkpoint-every", "2", "--validations", "4"]
-        self.member = member
+        self.member, self.condition = member, condition
         pictures = write_pictures(out / "pictures")
         undisturbed(["data", str(pictures), "--image-size", "16", "--out", str(out)])
         self.seconds = {"stage1": undisturbed(self.flags("stage1", out / "reference1"))}
@@ -66,7 +67,7 @@ class Work:
         """The command of a stage."""
         if stage == "stage1":
             return vae_flags(self.out / "data.json", out, *self.more, *self.member)
-        return diffusion_flags(self.out / "latents", self.out / "reference1" / "vae", out, *self.more)
+        return diffusion_flags(self.out / "latents", self.out / "reference1" / "vae", out, *self.more, *self.condition)
 
 
 def trials(work: Work, stage: str, kills: int, instants: random.Random) -> dict:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tiny import MEMBERS, diffusion_flags, vae_flags, write_pictures
+from benchmarks.tiny import CONDITIONS, MEMBERS, diffusion_flags, vae_flags, write_pictures
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"])
     parser.add_argument("--member", default="kl", choices=MEMBERS, help="of the autoencoder family")
+    parser.add_argument("--condition", default="class", choices=CONDITIONS, help="of stage 2")
     parser.add_argument("--stages", nargs="+", default=["train-vae", "train-diffusion"])
     parser.add_argument("--work", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,11 +53,10 @@ def prepare(args) -> dict[str, list[str]]:
     assert cli.main(stage1) == 0
     assert cli.main(["encode", str(sheet), "--vae", str(out / "vae" / "vae"), "--out", str(out / "latents")]) == 0
     rate = ["--lr", "1e-1", "--lr-schedule", "constant"] if args.optimizer == "sgd" else []
+    condition = ["--optimizer", args.optimizer, *rate, *CONDITIONS[args.condition]]
     args.commands = {
         "train-vae": vae_flags(sheet, out / "unused", *more, *rate),
-        "train-diffusion": diffusion_flags(
-            out / "latents", out / "vae" / "vae", out / "unused", "--optimizer", args.optimizer, *rate
-        ),
+        "train-diffusion": diffusion_flags(out / "latents", out / "vae" / "vae", out / "unused", *condition),
     }
     return args.commands
 

@@ -12,15 +12,24 @@ MEMBERS = {  # flags of stage 1, each with something of its own to keep equal
     "tc": ["--regularizer", "tc", "--gamma", "10"],
     "gan": "--perceptual features --adversarial 0.5 --adversarial-start 0.2 --adversarial-pretraining 5".split(),
 }
+CONDITIONS = {  # flags of stage 2
+    "class": [],
+    "text": ["--condition", "text", "--text-width", "32", "--text-layers", "1"],
+    "inpaint": ["--condition", "inpaint"],
+    "superres": ["--condition", "superres:2"],
+    "edges": ["--condition", "edges"],
+    "options": "--weighting uncertainty --optimizer muon --density mode --gradient-checkpointing".split(),
+}
 
 
 def write_pictures(folder: Path, size: int = 16) -> Path:
-    """A folder of small shapes, a sub-folder a colour."""
+    """A folder of small shapes with captions, a sub-folder a colour."""
     for i in range(COUNT):
         factors = shapes.draw_factors(0, i, shapes.PLAIN)
         place = folder / factors.colour
         place.mkdir(parents=True, exist_ok=True)
         shapes.render(factors, (size, size)).save(place / f"{i:03d}.png")
+        (place / f"{i:03d}.txt").write_text(factors.caption)
     return folder
 
 

@@ -37,7 +37,8 @@ class RunSettings(DataSettings):
     regularizer: Maybe[Literal["none", "kl", "tc", "vq", "fsq"]] = Field(None, description="of the latents")
     perceptual: Maybe[Literal["none", "features", "lpips"]] = Field(None, description="perceptual loss of stage 1")
     adversarial: Maybe[float] = Field(None, ge=0, description="weight of stage 1's adversarial loss; 0.5 is usual")
-    objective: Maybe[Literal["flow", "v", "epsilon"]] = Field(None, description="of the diffusion model")
+    condition: Maybe[str] = Field(None, description="none, class, text, inpaint, superres:N or edges (default: class)")
+    objective: Maybe[Literal["flow", "v", "epsilon", "x0"]] = Field(None, description="of the diffusion model")
     steps: Maybe[int] = Field(None, ge=0, description="optimiser steps of each stage (default: by preset)")
     max_minutes: Maybe[float] = Field(None, gt=0, description="time for all of it, shared out over the stages")
     batch_size: Maybe[int] = Field(None, ge=1, description="examples of one optimiser step (default: by preset)")
@@ -55,13 +56,29 @@ class ExportSettings(Settings):
 
     run: Path = Field(description="folder of the run")
     out: Maybe[Path] = Field(None, description="folder of the model (default: RUN/pipeline)")
+    guide: Maybe[Path] = Field(None, description="weaker network to be guided away from: a run, or a UNet's folder")
     seed: int = Field(0, ge=0, description="of the sample sheet")
 
 
 class EvaluateSettings(Settings):
-    """Measure a run on pictures that no stage has seen; writes RUN/metrics.json."""
+    """Measure a run on pictures that no stage has seen, and what it draws against them; writes RUN/metrics.json."""
 
     run: tyro.conf.Positional[Run] = Field(description="folder of the run")
+    n: Annotated[Maybe[int], tyro.conf.arg(aliases=["-n"])] = Field(
+        None, ge=0, description="samples to measure, 0 for none (default: 512, or 2,000 on an accelerator)"
+    )
+    samples: Maybe[Path] = Field(None, description="measure this folder's pictures instead; sub-folders name classes")
+    features: str = Field(
+        "own", description="own, encoder, gradients, inception, dinov2, a file x.onnx, or a folder with safetensors"
+    )
+    reference: Literal["val", "train"] = Field("val", description="the split that samples are compared with")
+    audit: bool = Field(False, description="search the training pictures for copies; writes RUN/evaluation")
+    seed: int = Field(1000, ge=0, lt=2**63, description="sample i is drawn with seed + i")
+    steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
+    guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
+    sampler: Maybe[str] = Field(None, description="ddim, dpm++2m, unipc, heun or euler (default: the model's)")
+    batch_size: int = Field(64, ge=1, description="samples drawn at once")
+    allow_download: bool = Field(False, description="fetch the weights of inception or dinov2 if they are not here")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 
 
@@ -76,13 +93,25 @@ class GenerateSettings(Settings):
 
     model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
     label: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="LABEL", help_behavior_hint="")]] = Field(
-        None, description="class name; without one all take turns"
+        None, description="class name, without one all take turns; for a model of text the prompt"
     )
     out: Path = Field(description="folder of the pictures")
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = Field(16, ge=1, description="number of pictures")
+    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"], help_behavior_hint="")] = Field(
+        None, ge=1, description="number of pictures (default: 16, or one for each --image)"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="picture i is drawn with seed + i")
     steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
+    sampler: Maybe[str] = Field(
+        None, description="ddim, dpm++2m, unipc, heun or euler; flow-… insists on a flow (default: the model's)"
+    )
     guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="guidance only at times between these, 0 the picture and 1 pure noise"
+    )
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the deviation that guidance adds taken back")
+    fast: bool = Field(False, description="with the student and the tiny decoder of `calotype distill`")
+    image: Maybe[Path] = Field(None, description="picture to begin with, or a folder of them")
+    mask: Maybe[Path] = Field(None, description="what to repaint of it, white on black")
     batch_size: int = Field(64, ge=1, description="pictures drawn at once")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 

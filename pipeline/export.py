@@ -3,29 +3,31 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+import diffusers
+from diffusers import AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 
 from calotype import __version__, device
 from calotype.autoencoder import load_autoencoder
 from calotype.checkpoint import publish, weights_hash
 from calotype.errors import UserError
-from calotype.images import image_grid
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.sample_sheet import sample_sheet
 
-_SHEET = 48
+_FACTS = ("id2label", "default_steps", "default_guidance", "condition", "sampler")
+_LOCAL = {"use_safetensors": True, "local_files_only": True}
 
 
 def main(settings) -> None:
-    """Assemble RUN/stage1_vae/vae, RUN/stage2_diffusion/unet and its scheduler into the model folder."""
+    """Assemble RUN/stage1_vae/vae, RUN/stage2_diffusion and RUN/distilled into the model folder."""
     run, out = settings.run, (settings.out or settings.run / "pipeline").resolve()
     _refuse_to_replace(out)
-    pipe = assemble(run)
+    pipe = assemble(run, settings.guide)
     temporary = out.parent / f".{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary, safe_serialization=True)
-    sample_sheet(pipe.to(device.device()), settings.seed).save(temporary / "samples.png")
+    sample_sheet(pipe.to(device.device()), run, settings.seed).save(temporary / "samples.png")
     (temporary / "README.md").write_text(model_card(pipe, run), encoding="utf-8")
     publish(temporary, out)
     print(f"Model: {out}")
@@ -37,79 +39,109 @@ def _refuse_to_replace(out: Path) -> None:
         raise UserError(f"--out {out} exists and is no model folder; give another.")
 
 
-def assemble(run: Path) -> LatentDiffusionPipeline:
+def assemble(run: Path, guide: Path | None = None) -> LatentDiffusionPipeline:
     """The pipeline of a run's finished stages; raises UserError where a part is missing or does not belong."""
     vae_folder, stage2 = run / "stage1_vae" / "vae", run / "stage2_diffusion"
     needed = {vae_folder / "config.json": "train-vae", stage2 / "finished.json": "train-diffusion"}
     for file, command in needed.items():
         if not file.is_file():
             raise UserError(f"--run {run}: {file} is not there; finish `calotype {command}` first.")
-    facts = json.loads((stage2 / "model.json").read_text())
+    facts = _read(stage2 / "model.json")
     if facts["vae"] != weights_hash(vae_folder):
         raise UserError(f"--run {run}: the diffusion model was trained for another autoencoder than {vae_folder}.")
-    vae = load_autoencoder(vae_folder, "--run")
-    unet = UNet2DModel.from_pretrained(stage2 / "unet", use_safetensors=True)
-    for part in (vae, unet):
-        part.register_to_config(_name_or_path="")  # diffusers would publish where on this machine they lay
-    return LatentDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        scheduler=DPMSolverMultistepScheduler.from_pretrained(stage2 / "scheduler"),
-        **{name: facts[name] for name in ("id2label", "default_steps", "default_guidance")},
+    unet = _unet(stage2 / "unet")
+    parts = {"vae": load_autoencoder(vae_folder, "--run"), "unet": unet, "scheduler": _scheduler(stage2 / "scheduler")}
+    parts |= _text_parts(stage2) | _distilled(run / "distilled", unet)
+    if guide is not None:
+        parts["guide"] = _guide(guide, unet)
+    for part in parts.values():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path="")  # diffusers would publish where on this machine they lay
+    steps = {"student_steps": _read(run / "distilled" / "distilled.json").get("steps", 4)}
+    return LatentDiffusionPipeline(**parts, **steps, **{name: facts[name] for name in _FACTS if name in facts})
+
+
+def _text_parts(stage2: Path) -> dict[str, Any]:
+    """The text encoder and its tokenizer, where the run has them."""
+    if not (stage2 / "text_encoder" / "config.json").is_file():
+        return {}
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError:
+        raise UserError(f"--run {stage2.parent} draws from text; pip install 'calotype[text]' first.") from None
+    text_encoder = CLIPTextModel.from_pretrained(stage2 / "text_encoder", **_LOCAL)
+    text_encoder.config._name_or_path = ""
+    tokenizer = CLIPTokenizer.from_pretrained(stage2 / "tokenizer", local_files_only=True)
+    return {"text_encoder": text_encoder, "tokenizer": tokenizer}
+
+
+def _distilled(folder: Path, unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
+    """The student with its scheduler, and the tiny decoder, as far as `calotype distill` has made them."""
+    parts: dict[str, Any] = {}
+    if (folder / "student" / "config.json").is_file():
+        parts["student"] = _unet(folder / "student")
+        _refuse_other_inputs(f"{folder / 'student'}", parts["student"], unet)
+        parts["student_scheduler"] = _scheduler(folder / "student_scheduler")
+    if (folder / "tiny_decoder" / "config.json").is_file():
+        parts["tiny_decoder"] = AutoencoderTiny.from_pretrained(folder / "tiny_decoder", **_LOCAL)
+    return parts
+
+
+def _guide(path: Path, unet: UNet2DModel | UNet2DConditionModel) -> UNet2DModel | UNet2DConditionModel:
+    """The UNet in a folder, or that of another run; raises UserError."""
+    folders = (path, path / "unet", path / "stage2_diffusion" / "unet")
+    folder = next((folder for folder in folders if (folder / "diffusion_pytorch_model.safetensors").is_file()), None)
+    if folder is None:
+        raise UserError(f"--guide {path} holds no UNet; give the folder of one, or a run.")
+    guide = _unet(folder)
+    _refuse_other_inputs(f"--guide {path}", guide, unet)
+    return guide
+
+
+def _refuse_other_inputs(name: str, other: UNet2DModel | UNet2DConditionModel, unet) -> None:
+    for key in ("in_channels", "out_channels", "num_class_embeds", "cross_attention_dim"):
+        theirs, ours = other.config.get(key), unet.config.get(key)
+        if theirs != ours:
+            raise UserError(f"{name}: its {key} is {theirs}, the model's {ours}; give a network with the same inputs.")
+
+
+def _unet(folder: Path) -> UNet2DModel | UNet2DConditionModel:
+    kind = UNet2DModel.load_config(folder, local_files_only=True)["_class_name"]
+    return {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}[kind].from_pretrained(
+        folder, **_LOCAL
     )
 
 
-def sample_sheet(pipe: LatentDiffusionPipeline, seed: int):
-    """A sheet of samples: every class while there is room (at most 48), or 48 pictures without classes."""
-    names = pipe.labels[:_SHEET]
-    columns = _columns(len(names)) if names else 8
-    rows = max(1, _SHEET // columns) if len(names) <= columns else -(-len(names) // columns)
-    labels = [names[i % len(names)] for i in range(rows * columns)] if names else None
-    device.choose_attention(pipe.unet)
-    pipe.set_progress_bar_config(disable=True)
-    x = pipe(labels, rows * columns, seed=seed, output_type="pt").images
-    return image_grid((x * 255).round().to(torch.uint8).cpu(), columns, labels)
+def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
+    """A scheduler of whatever stock class its config names."""
+    kind = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
 
 
 def model_card(pipe: LatentDiffusionPipeline, run: Path) -> str:
     """The README.md of a model folder."""
     facts = _read(run / "data.json")
-    height, width = pipe.image_size
-    counts = facts.get("counts", {})
-    label = repr(pipe.labels[0]) + ", " if pipe.labels else ""
-    pixels = "grey" if pipe.image_channels == 1 else "colour"
-    sentences = [
-        f"A latent diffusion model of {height}x{width} {pixels} pictures, "
-        f"with latents of shape {'x'.join(map(str, pipe.latent_shape))}.",
-        f"Trained on {counts['train']:,} pictures; {counts['val']:,} were held out." if counts else "",
-        f"Classes: {', '.join(pipe.labels[:60])}{' …' if len(pipe.labels) > 60 else ''}." if pipe.labels else "",
-        f"By default a picture takes {pipe.default_steps} steps at guidance {pipe.default_guidance}"
-        + (" (each evaluates the network with and without the label)." if pipe.default_guidance != 1 else "."),
-    ]
     metrics = [
         f"| {name} | {entry['value']:.4g} | {entry['n']} |" for name, entry in _read(run / "metrics.json").items()
     ]
     table = ["| figure | value | n |", "|---|---|---|", *metrics] if metrics else []
+    tag = {"none": "unconditional-image-generation", "class": "unconditional-image-generation", "text": "text-to-image"}
     return "\n".join(
         [
             "---",
             "library_name: diffusers",
-            "pipeline_tag: unconditional-image-generation",
+            f"pipeline_tag: {tag.get(pipe.condition, 'image-to-image')}",
             "tags: [latent-diffusion, calotype]",
             "---",
             "# A latent diffusion model of one's own",
             "",
             "![samples](samples.png)",
             "",
-            *filter(None, sentences),
+            *_about(pipe, facts.get("counts", {})),
             "",
             *table,
             "",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            'pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", trust_remote_code=True)',
-            f"pipe({label}num_images=4, seed=0).images",
-            "```",
+            *_example(pipe),
             "",
             f"Made with calotype {__version__}.",
             "",
@@ -117,9 +149,38 @@ def model_card(pipe: LatentDiffusionPipeline, run: Path) -> str:
     )
 
 
-def _columns(count: int) -> int:
-    """Columns of a sheet: 48 classes stand as 8 colours below 6 shapes, ten as ten columns."""
-    return next((n for n in (6, 8, 10, 12) if count % n == 0 and count > 12), min(count, 12))
+def _about(pipe: LatentDiffusionPipeline, counts: dict[str, int]) -> list[str]:
+    """Sentences on what the model is."""
+    height, width = pipe.image_size
+    pixels = "grey" if pipe.image_channels == 1 else "colour"
+    label = "prompt" if pipe.condition == "text" else "label"
+    twice = f" (each evaluates the network with and without the {label})" if pipe.default_guidance != 1 else ""
+    sentences = [
+        f"A latent diffusion model of {height}x{width} {pixels} pictures, "
+        f"with latents of shape {'x'.join(map(str, pipe.latent_shape))}.",
+        f"Trained on {counts['train']:,} pictures; {counts['val']:,} were held out." if counts else "",
+        f"Classes: {', '.join(pipe.labels[:60])}{' …' if len(pipe.labels) > 60 else ''}." if pipe.labels else "",
+        f"It begins with a given picture of {pipe.given_size[1]}x{pipe.given_size[0]} pixels ({pipe.condition})."
+        if pipe.takes_image
+        else "",
+        f"By default a picture takes {pipe.default_steps} steps at guidance {pipe.default_guidance}{twice}.",
+        f"`fast=True` draws in {pipe.config.student_steps} steps with a distilled student." if pipe.student else "",
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _example(pipe: LatentDiffusionPipeline) -> list[str]:
+    """How to draw with nothing but diffusers."""
+    load = 'pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER"'
+    if pipe.condition == "text":
+        steps = f"num_inference_steps={pipe.default_steps}, guidance_scale={pipe.default_guidance}"
+        lines = [f"{load})", f'pipe("a prompt", {steps}).images']
+    else:
+        label = f"{pipe.labels[0]!r}, " if pipe.labels else ""
+        given = "image=picture, " if pipe.takes_image else ""
+        given += "mask=mask, " if pipe.condition == "inpaint" else ""
+        lines = [f"{load}, trust_remote_code=True)", f"pipe({label}num_images=4, {given}seed=0).images"]
+    return ["```python", "from diffusers import DiffusionPipeline", *lines, "```"]
 
 
 def _read(file: Path) -> dict:

@@ -1,6 +1,7 @@
 """`calotype generate`: draw pictures with a model folder and write PNGs that carry their settings."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusers.utils import logging
 from PIL import Image
@@ -10,30 +11,33 @@ from rich.progress import track
 from calotype import __version__, device
 from calotype.checkpoint import weights_hash
 from calotype.errors import UserError
+from calotype.images import fit_image, load_image
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+
+_NETWORKS = ("vae", "unet", "guide", "student", "tiny_decoder")
+
+
+class Job(NamedTuple):
+    """One picture to draw: its seed, its file, a class name or prompt, and the picture to begin with."""
+
+    seed: int
+    file: Path
+    label: str | None
+    image: Image.Image | None
 
 
 def main(settings) -> None:
     """Draw n pictures; with classes and no label they take turns and go into a folder each."""
     pipe = load(settings.model)
-    if settings.label is not None and settings.label not in pipe.labels:
-        known = f"it knows {', '.join(pipe.labels[:60])}" if pipe.labels else "it was trained without labels"
-        raise UserError(f"LABEL {settings.label!r} is not known to {settings.model}; {known}.")
-    model = weights_hash(find(settings.model) / "unet")[:16]
-    for start in track(range(0, settings.n, settings.batch_size), "Drawing", transient=True):
-        count = min(settings.batch_size, settings.n - start)
-        labels = [_label(pipe, settings.label, start + i) for i in range(count)]
-        for i, image in enumerate(draw(pipe, labels, settings.seed + start, settings)):
-            facts = {
-                "label": labels[i] or "",
-                "seed": settings.seed + start + i,
-                "steps": settings.steps or pipe.default_steps,
-                "guidance": pipe.default_guidance if settings.guidance is None else settings.guidance,
-                "model": model,
-                "software": f"calotype {__version__}",
-            }
-            write_png(image, _file(settings, labels[i], start + i), facts)
-    print(f"{settings.n} pictures in {settings.out}")
+    _refuse_wrong_words(pipe, settings)
+    jobs = _jobs(pipe, settings)
+    mask = None if settings.mask is None else _picture(settings.mask, "--mask", 1, pipe.image_size)
+    facts = _facts(pipe, settings)
+    for start in track(range(0, len(jobs), settings.batch_size), "Drawing", transient=True):
+        batch = jobs[start : start + settings.batch_size]
+        for job, image in zip(batch, draw(pipe, batch, mask, settings), strict=True):
+            write_png(image, job.file, {"label": job.label or "", "seed": job.seed} | facts)
+    print(f"{len(jobs)} pictures in {settings.out}")
 
 
 def find(model: Path) -> Path:
@@ -48,22 +52,29 @@ def load(model: Path) -> LatentDiffusionPipeline:
     """A saved pipeline on the best device here, ready to draw."""
     logging.disable_progress_bar()
     pipe = LatentDiffusionPipeline.from_pretrained(find(model), use_safetensors=True, local_files_only=True)
-    for part in (pipe.unet, pipe.vae):
-        device.choose_attention(part)
+    for name in _NETWORKS:
+        if getattr(pipe, name) is not None:
+            device.choose_attention(getattr(pipe, name))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device.device())
 
 
-def draw(pipe: LatentDiffusionPipeline, labels: list[str | None], seed: int, settings) -> list[Image.Image]:
-    """One batch of pictures; the first is drawn with `seed`."""
+def draw(pipe: LatentDiffusionPipeline, jobs: list[Job], mask: Image.Image | None, settings) -> list[Image.Image]:
+    """One batch of pictures, whose seeds follow each other."""
     try:
         with device.autocast(settings.precision):
             return pipe(
-                labels if pipe.labels else None,
-                len(labels),
-                seed=seed,
+                None if jobs[0].label is None else [job.label for job in jobs],
+                len(jobs),
+                seed=jobs[0].seed,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
+                guidance_interval=settings.guidance_interval,
+                guidance_rescale=settings.guidance_rescale,
+                sampler=settings.sampler,
+                fast=settings.fast,
+                image=None if jobs[0].image is None else [job.image for job in jobs],
+                mask=mask,
             ).images
     except ValueError as error:  # the pipeline travels alone and knows no UserError
         raise UserError(str(error)) from None
@@ -80,8 +91,71 @@ def write_png(image: Image.Image, file: Path, facts: dict) -> None:
     image.save(file, pnginfo=info)
 
 
+def _refuse_wrong_words(pipe: LatentDiffusionPipeline, settings) -> None:
+    """Whether a label, prompt, picture and mask were given where the model takes one, and not where it does not."""
+    label = settings.label
+    if pipe.condition == "text":
+        if label is None:
+            raise UserError(f"LABEL: {settings.model} draws from text; give a prompt.")
+    elif label is not None and label not in pipe.labels:
+        known = f"it knows {', '.join(pipe.labels[:60])}" if pipe.labels else "it was trained without labels"
+        raise UserError(f"LABEL {label!r} is not known to {settings.model}; {known}.")
+    for flag, given, wanted in (
+        ("--image", settings.image, pipe.takes_image),
+        ("--mask", settings.mask, pipe.condition == "inpaint"),
+    ):
+        if (given is not None) != wanted:
+            way = f"give {flag} too" if wanted else f"leave {flag} out"
+            raise UserError(f"{flag} {given}: {settings.model} has the condition {pipe.condition}; {way}.")
+
+
+def _jobs(pipe: LatentDiffusionPipeline, settings) -> list[Job]:
+    """What is to be drawn, in the order of the seeds; n times each given picture, or n pictures in all."""
+    if settings.image is None:
+        n = 16 if settings.n is None else settings.n
+        labels = [_label(pipe, settings.label, i) for i in range(n)]
+        return [Job(settings.seed + i, _file(settings, labels[i], i), labels[i], None) for i in range(n)]
+    n, jobs = settings.n or 1, []
+    for file in _given_files(settings.image):
+        image = _picture(file, "--image", pipe.image_channels, pipe.given_size)
+        for _ in range(n):
+            seed = settings.seed + len(jobs)
+            name = f"{file.stem}.png" if n == 1 else f"{file.stem}-{seed:08d}.png"
+            jobs.append(Job(seed, settings.out / name, _label(pipe, settings.label, len(jobs)), image))
+    return jobs
+
+
+def _given_files(path: Path) -> list[Path]:
+    """A picture, or all of a folder by name."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"--image {path} is an empty folder; give a picture or a folder of pictures.")
+    return files
+
+
+def _picture(file: Path, flag: str, channels: int, size: tuple[int, int]) -> Image.Image:
+    try:
+        return fit_image(load_image(file, channels=channels), size, "crop")
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+
+
+def _facts(pipe: LatentDiffusionPipeline, settings) -> dict:
+    """What every picture carries beside its label and seed."""
+    facts = {
+        "steps": settings.steps or (pipe.config.student_steps if settings.fast else pipe.default_steps),
+        "guidance": pipe.default_guidance if settings.guidance is None else settings.guidance,
+        "sampler": settings.sampler or pipe.config.sampler or type(pipe.scheduler).__name__,
+    }
+    if settings.fast:
+        facts |= {"guidance": "built in", "sampler": type(pipe.student_scheduler).__name__}
+    folder = find(settings.model) / ("student" if settings.fast else "unet")
+    return facts | {"model": weights_hash(folder)[:16], "software": f"calotype {__version__}"}
+
+
 def _label(pipe: LatentDiffusionPipeline, label: str | None, i: int) -> str | None:
-    """The wanted label, or every class in turn."""
+    """The wanted label or prompt, or every class in turn."""
     return label if label is not None or not pipe.labels else pipe.labels[i % len(pipe.labels)]
 
 

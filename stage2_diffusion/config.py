@@ -1,36 +1,74 @@
 """Settings of stage 2."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from calotype.config import Maybe, TrainSettings
+
+Condition = Annotated[str, Field(pattern=r"^(none|class|text|inpaint|edges|superres:(2|4|8|16))$")]
 
 
 class DiffusionSettings(TrainSettings):
     """Stage 2: train a diffusion model of the cached latents."""
 
-    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"latents", "vae", "init"}
+    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"latents", "vae", "init", "data", "text_encoder"}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"width": 64, "depth": 2, "layers": 1, "batch_size": 64, "lr": 1e-3},
         "small": {"width": 96, "depth": 3, "layers": 2, "batch_size": 128, "lr": 5e-4},
         "base": {"width": 160, "depth": 3, "layers": 2, "attention": True, "batch_size": 256, "lr": 2e-4},
         "large": {"width": 256, "depth": 4, "layers": 2, "attention": True, "batch_size": 512, "lr": 1e-4},
     }
-
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1800, "small": 40_000, "base": 200_000, "large": 500_000}
 
     latents: Path = Field(description="folder of the latent cache")
     vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
+    data: Maybe[Path] = Field(None, description="data sheet for image conditions (default: LATENTS/../data.json)")
     init: Maybe[Path] = Field(None, description="go on from the UNet of this run")
     width: int = Field(64, ge=8, description="channels of the first level")
     depth: int = Field(2, ge=1, le=5, description="levels at most, each half as large as the one before")
     layers: int = Field(1, ge=1, description="residual blocks a level")
     attention: bool = Field(False, description="self-attention below the first level")
-    objective: Literal["flow", "v", "epsilon"] = Field("flow", description="what the network learns to predict")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels hidden, for guidance")
-    unconditional: bool = Field(False, description="ignore the labels of the source")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice and keep fewer of them")
+
+    condition: Maybe[Condition] = Field(
+        None,
+        description="none, class, text, inpaint, superres:N or edges; pictures are given beside the class where there "
+        "are classes (default: class where there are any, else none)",
+    )
+    text_encoder: Maybe[Path] = Field(None, description="folder of a CLIP text encoder to use as it is, not trained")
+    text_width: int = Field(128, ge=16, multiple_of=16, description="width of the text encoder that is trained")
+    text_layers: int = Field(2, ge=1, description="its layers")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels or captions hidden, for guidance")
+
+    objective: Literal["flow", "v", "epsilon", "x0"] = Field("flow", description="what the network learns to predict")
+    density: Maybe[Literal["uniform", "logit-normal", "mode"]] = Field(
+        None, description="of the times (default: logit-normal for flow, uniform for the rest)"
+    )
+    time_mean: float = Field(0.0, description="of the normal number whose sigmoid is a logit-normal time")
+    time_std: float = Field(1.0, gt=0, description="its deviation")
+    weighting: Literal["none", "min-snr", "edm", "uncertainty"] = Field("none", description="of the errors, by time")
+    zero_terminal_snr: bool = Field(False, description="noise without a trace of the picture at the end (v, x0)")
+
     ema_width: float = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)")
-    guidance: float = Field(1.5, ge=0, description="guidance scale that the exported model uses by default")
+    no_snapshots: bool = Field(False, description="do not keep what `calotype posthoc-ema` makes other averages of")
+    guidance: Maybe[float] = Field(
+        None, ge=0, description="default guidance scale of the model (default: by condition)"
+    )
     sampler_steps: int = Field(18, ge=1, description="evaluations that the exported model uses by default")
+
+    @model_validator(mode="after")
+    def _what_does_not_go_together(self) -> Self:
+        if self.zero_terminal_snr and self.objective not in ("v", "x0"):
+            raise ValueError(
+                f"--zero-terminal-snr: pure noise tells an {self.objective} network nothing; give --objective v."
+            )
+        if self.text_encoder and self.condition != "text":
+            raise ValueError(f"--text-encoder {self.text_encoder} needs --condition text.")
+        return self
+
+    @property
+    def time_density(self) -> str:
+        """The density of the times, also where none was given."""
+        return self.density or ("logit-normal" if self.objective == "flow" else "uniform")

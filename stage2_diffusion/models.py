@@ -1,43 +1,79 @@
-"""The UNet of stage 2: a stock `UNet2DModel` of the latents' shape."""
+"""The UNet of stage 2: a stock `UNet2DModel` of the latents' shape, or `UNet2DConditionModel` led by captions."""
 
+import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.stage2_diffusion.config import DiffusionSettings
 
+UNet = UNet2DModel | UNet2DConditionModel
+
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
+_HEAD = 32  # channels of a head of cross-attention
 
 
-def build(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
-    """A UNet for latents of shape (c, h, w); class id `classes` is the null class. `classes` 0: unconditional."""
+class Inputs(NamedTuple):
+    """What a UNet must take: latents of shape (c, h, w), more channels beside them, classes or a text's width."""
+
+    shape: tuple[int, int, int]
+    more_channels: int = 0
+    classes: int = 0
+    text_width: int = 0
+
+
+def build(settings: DiffusionSettings, inputs: Inputs) -> UNet:
+    """A UNet for these inputs, new or that of `--init`; class id `classes` is the null class."""
     if settings.init:
-        return _load(settings.init, shape, classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(settings.seed, "init"))
-        return UNet2DModel(**_config(settings, shape, classes))
+        unet = _load(settings.init, inputs)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(settings.seed, "init"))
+            unet = _text_unet(settings, inputs) if inputs.text_width else UNet2DModel(**_config(settings, inputs))
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
 
 
-def _config(settings: DiffusionSettings, shape: tuple[int, int, int], classes: int) -> dict:
-    depth = _depth(settings, shape)
-    attention = [settings.attention and level > 0 for level in range(depth)]
-    widths = tuple(settings.width * m for m in _MULTIPLIERS[:depth])
+def _common(settings: DiffusionSettings, inputs: Inputs) -> dict:
     return dict(
-        sample_size=_sample_size(shape),
-        in_channels=shape[0],
-        out_channels=shape[0],
-        block_out_channels=widths,
+        sample_size=_sample_size(inputs.shape),
+        in_channels=inputs.shape[0] + inputs.more_channels,
+        out_channels=inputs.shape[0],
+        block_out_channels=tuple(settings.width * m for m in _MULTIPLIERS[: _depth(settings, inputs.shape)]),
         layers_per_block=settings.layers,
+        norm_num_groups=next(groups for groups in (32, 16, 8, 4, 2, 1) if settings.width % groups == 0),
+    )
+
+
+def _config(settings: DiffusionSettings, inputs: Inputs) -> dict:
+    common = _common(settings, inputs)
+    attention = [settings.attention and level > 0 for level in range(len(common["block_out_channels"]))]
+    return common | dict(
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        norm_num_groups=next(groups for groups in (32, 16, 8, 4, 2, 1) if settings.width % groups == 0),
         attention_head_dim=min(64, settings.width),
         add_attention=settings.attention,
-        num_class_embeds=classes + 1 if classes else None,
+        num_class_embeds=inputs.classes + 1 if inputs.classes else None,
+    )
+
+
+def _text_unet(settings: DiffusionSettings, inputs: Inputs) -> UNet2DConditionModel:
+    """Cross-attention below the first level, where a place counts most of a picture, and in the middle."""
+    common = _common(settings, inputs)
+    widths = common["block_out_channels"]
+    attention = [level > 0 for level in range(len(widths))]
+    return UNet2DConditionModel(
+        **common,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=tuple(max(1, width // _HEAD) for width in widths),  # a number of heads, despite its name
+        cross_attention_dim=inputs.text_width,
     )
 
 
@@ -47,25 +83,45 @@ def _depth(settings: DiffusionSettings, shape: tuple[int, int, int]) -> int:
     return min(settings.depth, (side & -side).bit_length())
 
 
-def _load(run: Path, shape: tuple[int, int, int], classes: int) -> UNet2DModel:
+def _load(run: Path, inputs: Inputs) -> UNet:
     folder = next(
         (f for f in (run, run / "unet", run / "stage2_diffusion" / "unet") if (f / "config.json").is_file()), run
     )
-    try:
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except OSError as error:
-        raise UserError(f"--init {run} holds no UNet ({str(error).splitlines()[0]}).") from None
-    has = (unet.config.in_channels, (unet.config.num_class_embeds or 1) - 1)
-    if has != (shape[0], classes):
+    unet = load_unet(folder, f"--init {run}")
+    config = unet.config
+    has = Inputs(
+        (config.out_channels, *inputs.shape[1:]),
+        config.in_channels - config.out_channels,
+        max((config.num_class_embeds or 1) - 1, 0),
+        config.get("cross_attention_dim") or 0,
+    )
+    if has != inputs:
         raise UserError(
-            f"--init {run} is for {has[0]} latent channels and {has[1]} classes, the cache has {shape[0]} and "
-            f"{classes}; give the UNet of a run on such latents."
+            f"--init {run} takes {_described(has)}, the cache and the condition give {_described(inputs)}; give the "
+            "UNet of a run on such latents."
         )
-    divisor = 2 ** (len(unet.config.block_out_channels) - 1)
-    if shape[1] % divisor or shape[2] % divisor:
-        raise UserError(f"--init {run}: its levels do not divide latents of {shape[1]}x{shape[2]}; give another UNet.")
-    unet.register_to_config(sample_size=_sample_size(shape))
+    divisor = 2 ** (len(config.block_out_channels) - 1)
+    height, width = inputs.shape[1:]
+    if height % divisor or width % divisor:
+        raise UserError(f"--init {run}: its levels do not divide latents of {height}x{width}; give another UNet.")
+    unet.register_to_config(sample_size=_sample_size(inputs.shape))
     return unet
+
+
+def load_unet(folder: Path, name: str) -> UNet:
+    """The UNet saved in a folder, of whichever class; raises UserError that begins with `name`."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        cls = {"UNet2DConditionModel": UNet2DConditionModel}.get(kind, UNet2DModel)
+        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} holds no UNet ({str(error).splitlines()[0]}).") from None
+
+
+def _described(inputs: Inputs) -> str:
+    text = f", text of width {inputs.text_width}" if inputs.text_width else f" and {inputs.classes} classes"
+    more = f" + {inputs.more_channels}" if inputs.more_channels else ""
+    return f"{inputs.shape[0]}{more} latent channels{text}"
 
 
 def _sample_size(shape: tuple[int, int, int]) -> int | list[int]:

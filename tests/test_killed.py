@@ -2,8 +2,14 @@
 
 import pytest
 
+from benchmarks.tiny import CONDITIONS, MEMBERS
 
-@pytest.mark.parametrize("member", ["kl", "vq", "fsq", "tc", "gan"])
-def test_killed_and_repeated_ends_with_the_same_bits(tmp_path, run_benchmark, member):
-    stages = ["stage1", "stage2"] if member == "kl" else ["stage1"]  # stage 2 is the same for all
-    run_benchmark("kill_resume", "--kills", 2, "--out", tmp_path, "--member", member, "--stages", *stages)
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_stage_1_killed_and_repeated_ends_with_the_same_bits(tmp_path, run_benchmark, member):
+    run_benchmark("kill_resume", "--kills", 2, "--out", tmp_path, "--member", member, "--stages", "stage1")
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_stage_2_killed_and_repeated_ends_with_the_same_bits(tmp_path, run_benchmark, condition):
+    run_benchmark("kill_resume", "--kills", 2, "--out", tmp_path, "--condition", condition, "--stages", "stage2")

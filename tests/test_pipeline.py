@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from calotype import cli
 from calotype.pipeline import LatentDiffusionPipeline
+from calotype.pipeline.latent_diffusion import Conditions, Order
 
 STRANGER = """
 import sys
@@ -78,8 +79,9 @@ def test_guidance_is_the_formula(pipe):
     with torch.no_grad():
         labelled, unlabelled = (pipe.unet(z, t, class_labels=c).sample for c in (y, null))
         expected = unlabelled + 2.5 * (labelled - unlabelled)
-        assert_close(pipe.predict(z, t, y, 2.5), expected, atol=1e-5, rtol=1e-5)
-        assert_close(pipe.predict(z, t, y, 1), labelled)
+        told = Conditions(labels=y), Conditions(labels=null)
+        assert_close(pipe.predict(z, t, *told, Order(guidance_scale=2.5)), expected, atol=1e-5, rtol=1e-5)
+        assert_close(pipe.predict(z, t, *told, Order(guidance_scale=1)), labelled)
 
 
 def test_stream_counts_its_steps_shows_previews_and_can_be_left(pipe):

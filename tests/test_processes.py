@@ -2,8 +2,15 @@
 
 import pytest
 
+from benchmarks.tiny import CONDITIONS, MEMBERS
 
-@pytest.mark.parametrize("member", ["kl", "vq", "fsq", "tc", "gan"])
-def test_two_processes_equal_one(tmp_path, run_benchmark, member):
-    stages = ["train-vae", "train-diffusion"] if member == "kl" else ["train-vae"]  # stage 2 is the same for all
-    run_benchmark("processes", "--steps", 20, "--out", tmp_path, "--member", member, "--stages", *stages)
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_two_processes_of_stage_1_equal_one(tmp_path, run_benchmark, member):
+    run_benchmark("processes", "--steps", 20, "--out", tmp_path, "--member", member, "--stages", "train-vae")
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_two_processes_of_stage_2_equal_one(tmp_path, run_benchmark, condition):
+    stage = ["--stages", "train-diffusion"]
+    run_benchmark("processes", "--steps", 20, "--out", tmp_path, "--condition", condition, *stage)

@@ -1,0 +1,76 @@
+"""The sample sheet of a model folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from calotype import device
+from calotype.data import Pictures, evenly_spaced
+from calotype.images import denormalize, image_grid, normalize, to_pil
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline, degrade, shrink
+from calotype.sheet import read_sheet
+
+_MOST = 48
+_COLUMNS = 8
+
+
+def sample_sheet(pipe: LatentDiffusionPipeline, run: Path, seed: int) -> Image.Image:
+    """Every class or example prompt while there is room (at most 48); held-out pictures above what becomes of them."""
+    for network in (pipe.unet, pipe.guide):
+        if network is not None:
+            device.choose_attention(network)
+    pipe.set_progress_bar_config(disable=True)
+    if pipe.takes_image:
+        return _given_and_made(pipe, run, seed)
+    names = _example_prompts(run) if pipe.condition == "text" else pipe.labels
+    names = names[:_MOST]
+    columns = _columns(len(names)) if names else _COLUMNS
+    rows = max(1, _MOST // columns) if len(names) <= columns else -(-len(names) // columns)
+    labels = [names[i % len(names)] for i in range(rows * columns)] if names else None
+    x = pipe(labels, rows * columns, seed=seed, output_type="pt").images
+    return image_grid(_to_uint8(x), columns, labels)
+
+
+def _given_and_made(pipe: LatentDiffusionPipeline, run: Path, seed: int) -> Image.Image:
+    """Rows of what held-out pictures were made into, each above what the model makes of it."""
+    pictures = Pictures(read_sheet(run / "data.json"), "val")
+    items = evenly_spaced(len(pictures), _MOST // 2)
+    x = normalize(torch.stack([pictures[i] for i in items]))
+    mask = torch.zeros(len(x), 1, *x.shape[2:])
+    mask[:, :, x.shape[2] // 4 : -(x.shape[2] // 4), x.shape[3] // 4 : -(x.shape[3] // 4)] = 1
+    order = {"image": _pictures(_as_given(pipe.condition, x, mask))}
+    if pipe.condition == "inpaint":
+        order["mask"] = _pictures(2 * mask - 1)
+    labels = [pipe.labels[i] if i >= 0 else None for i in pictures.labels[items].tolist()] if pipe.labels else None
+    made = _to_uint8(pipe(labels, len(x), seed=seed, output_type="pt", **order).images)
+    given = denormalize(degrade(pipe.condition, x, mask))
+    rows = [row for pair in zip(given.split(_COLUMNS), made.split(_COLUMNS), strict=True) for row in pair]
+    return image_grid(torch.cat(rows), min(_COLUMNS, len(items)))
+
+
+def _as_given(condition: str, x: Tensor, mask: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1] as the pipeline takes them."""
+    if condition.startswith("superres"):
+        return shrink(x, int(condition.partition(":")[2]))
+    return degrade(condition, x, mask)
+
+
+def _pictures(x: Tensor) -> list[Image.Image]:
+    return [to_pil(pixels) for pixels in denormalize(x)]
+
+
+def _to_uint8(x: Tensor) -> Tensor:
+    return (x * 255).round().to(torch.uint8).cpu()
+
+
+def _example_prompts(run: Path) -> list[str]:
+    """Captions that the training has kept as examples; without any, nothing is asked for."""
+    return json.loads((run / "stage2_diffusion" / "model.json").read_text()).get("prompts", [])
+
+
+def _columns(count: int) -> int:
+    """Columns of a sheet: 48 classes stand as 8 colours below 6 shapes, ten as ten columns."""
+    return next((n for n in (6, 8, 10, 12) if count % n == 0 and count > 12), min(count, 12))
