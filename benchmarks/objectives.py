@@ -1,4 +1,4 @@
-"""Objectives, weights, times and optimisers of stage 2 at equal CPU time: distance of samples against seconds of training.
+"""Objectives, weights, times and optimisers of stage 2 at equal CPU time: distance of samples against seconds.
 
     python -m benchmarks.objectives --run RUN --cpu-seconds 120 --seeds 3 --out DIR
     python -m benchmarks.objectives --run RUN --only flow "v, min-SNR" …

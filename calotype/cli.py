@@ -42,6 +42,16 @@ COMMANDS = {
         "calotype.stage2_diffusion.train:main",
         "stage 2: a diffusion model of the latents",
     ),
+    "distill": (
+        "calotype.stage2_diffusion.distill_config:DistillSettings",
+        "calotype.stage2_diffusion.distill:main",
+        "a student of few steps and a tiny decoder, for --fast",
+    ),
+    "posthoc-ema": (
+        "calotype.stage2_diffusion.config:PosthocEmaSettings",
+        "calotype.stage2_diffusion.posthoc_ema:main",
+        "another weight average of a finished run",
+    ),
     "export": ("calotype.settings:ExportSettings", "calotype.pipeline.export:main", "the parts to one model folder"),
     "evaluate": (
         "calotype.settings:EvaluateSettings",

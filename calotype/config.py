@@ -90,7 +90,9 @@ class TrainSettings(Settings):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is plain gradient descent, for comparisons")
+    optimizer: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw", description="muon is for matrices, with AdamW for the rest; sgd is plain descent, for comparisons"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     seed: int = Field(0, ge=0, description="with it and the settings everything random is fixed")

@@ -21,21 +21,27 @@ _MEMORY = 2**30  # bytes of decoded pictures that a process may keep
 
 
 class Batch(NamedTuple):
-    """Examples at neighbouring positions: pictures uint8 (B, C, H, W) or latents (B, c, h, w), and class ids (B,)."""
+    """Examples at neighbouring positions: pictures uint8 (B, C, H, W) or latents (B, c, h, w), and class ids (B,).
+
+    Latents also say which items (B,) of their cache they are; these stay on the CPU.
+    """
 
     x: Tensor
     label: Tensor
     start: int
+    item: Tensor | None = None
 
     def part(self, i: int, parts: int) -> "Batch":
         """The i-th of `parts` equal parts."""
         size = len(self.x) // parts
         here = slice(i * size, (i + 1) * size)
-        return Batch(self.x[here], self.label[here], self.start + i * size)
+        item = None if self.item is None else self.item[here]
+        return Batch(self.x[here], self.label[here], self.start + i * size, item)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.x.to(device, non_blocking=True), self.label.to(device, non_blocking=True), self.start)
+        x, label = self.x.to(device, non_blocking=True), self.label.to(device, non_blocking=True)
+        return self._replace(x=x, label=label)
 
 
 class Pictures:

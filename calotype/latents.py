@@ -116,6 +116,11 @@ class LatentCache:
         return found
 
 
+def mirrored(seed: int, start: int, count: int) -> Tensor:
+    """Whether the examples at these positions (B,) are mirror images, where the cache holds such."""
+    return uniform(seed, "flip", start, count) < 0.5
+
+
 class LatentBatches:
     """Batches of sampled latents and labels; order, noise and mirroring are functions of the position."""
 
@@ -124,12 +129,12 @@ class LatentBatches:
         self.order = KeyedOrder(len(cache), seed)
 
     def at(self, positions: range) -> Batch:
-        """The batch at neighbouring positions: z (B, c, h, w) and class ids (B,)."""
+        """The batch at neighbouring positions: z (B, c, h, w), class ids (B,) and items (B,)."""
         items = self.order.indices(positions)
         start, count = positions.start, len(positions)
         eps = normal(self.seed, "posterior", start, count, tuple(self.cache.index.shape))
-        mirrored = uniform(self.seed, "flip", start, count) < 0.5
-        return Batch(self.cache.sample(items, eps, mirrored), self.cache.gather(items, "label"), start)
+        z = self.cache.sample(items, eps, mirrored(self.seed, start, count))
+        return Batch(z, self.cache.gather(items, "label"), start, torch.from_numpy(items))
 
     def from_step(self, step: int, share: Share) -> Iterator[Batch]:
         """The batches of one process from a step on, for ever."""

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from calotype.device import device as best_device
 from calotype.errors import UserError
 from calotype.faults import locate
 from calotype.lock import claimed
+from calotype.muon import Muon
 from calotype.pace import Interruption, Pace, learning_rate_factor
 from calotype.stage import Stage
 from calotype.tracking import Journal, ProgressLine
@@ -244,10 +244,12 @@ class Run:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], settings: TrainSettings, lr: float, betas: tuple[float, float] = (0.9, 0.99)
+    model: nn.Module, settings: TrainSettings, lr: float, betas: tuple[float, float] = (0.9, 0.99)
 ) -> torch.optim.Optimizer:
-    """AdamW in its fused form (3.3 times the default's speed on a CPU), or plain SGD; `lr` is the peak of its rate."""
-    trained = [{"params": [p for p in parameters if p.requires_grad], "initial_lr": lr}]
+    """AdamW in its fused form (3.3 times the default's speed on a CPU), Muon or plain SGD; `lr` is its rate's peak."""
+    if settings.optimizer == "muon":
+        return Muon(model, lr, betas, settings.weight_decay)
+    trained = [{"params": [p for p in model.parameters() if p.requires_grad], "initial_lr": lr}]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=lr)
     fused = best_device().type != "mps"

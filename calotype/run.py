@@ -68,7 +68,7 @@ def command(name: str, settings, spent: float) -> list[str]:
     if name == "encode":
         return ["encode", sheet, "--vae", vae, *_flags(settings, ("flip", "precision")), "--out", latents]
     if name == "train-diffusion":
-        names = (*_SHARED, "objective")
+        names = (*_SHARED, "condition", "objective")
         own = [*_flags(settings, names), *_minutes(settings, _STAGE2_UNTIL, spent)]
         return ["train-diffusion", "--latents", latents, "--vae", vae, *own, "--out", str(out / "stage2_diffusion")]
     if name == "export":

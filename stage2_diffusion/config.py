@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import tyro
 from pydantic import Field, model_validator
 
-from calotype.config import Maybe, TrainSettings
+from calotype.config import Maybe, Settings, TrainSettings
 
+Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Condition = Annotated[str, Field(pattern=r"^(none|class|text|inpaint|edges|superres:(2|4|8|16))$")]
 
 
@@ -53,6 +55,7 @@ class DiffusionSettings(TrainSettings):
 
     ema_width: float = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)")
     no_snapshots: bool = Field(False, description="do not keep what `calotype posthoc-ema` makes other averages of")
+    kid_samples: int = Field(128, ge=0, description="samples of each validation whose distance is taken (0: none)")
     guidance: Maybe[float] = Field(
         None, ge=0, description="default guidance scale of the model (default: by condition)"
     )
@@ -72,3 +75,12 @@ class DiffusionSettings(TrainSettings):
     def time_density(self) -> str:
         """The density of the times, also where none was given."""
         return self.density or ("logit-normal" if self.objective == "flow" else "uniform")
+
+
+class PosthocEmaSettings(Settings):
+    """Another weight average of a finished run, out of the snapshots that it kept."""
+
+    run: tyro.conf.Positional[Run] = Field(description="folder of the run, or of its stage 2")
+    width: float = Field(gt=0, lt=0.28, description="relative width of the average (EDM2's sigma_rel)")
+    until: Maybe[int] = Field(None, ge=1, description="after this step, for an earlier model (--guide of export)")
+    out: Maybe[Path] = Field(None, description="folder of the weights (default: in place of the exported ones)")

@@ -85,7 +85,7 @@ def _depth(settings: DiffusionSettings, shape: tuple[int, int, int]) -> int:
 
 def _load(run: Path, inputs: Inputs) -> UNet:
     folder = next(
-        (f for f in (run, run / "unet", run / "stage2_diffusion" / "unet") if (f / "config.json").is_file()), run
+        (f for f in (run / "unet", run / "stage2_diffusion" / "unet", run) if (f / "config.json").is_file()), run
     )
     unet = load_unet(folder, f"--init {run}")
     config = unet.config

@@ -1,4 +1,4 @@
-"""The sample sheet of a stage-2 run."""
+"""What samples of a run look like while it trains: a sheet, and a cheap distance."""
 
 import torch
 from PIL import Image
@@ -6,12 +6,40 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from calotype import device
+from calotype.autoencoder import Vae, decode
 from calotype.data import evenly_spaced
-from calotype.images import image_grid
+from calotype.features import CheapKid
+from calotype.images import image_grid, normalize
+from calotype.latents import LatentCache
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.stage2_diffusion.conditioning import Condition
 
 _ROWS, _COLUMNS = 4, 12
+_WATCH_STEPS = 8
+
+
+class Watch:
+    """Kernel distance of a few samples to held-out latents, decoded both, in the encoder's features.
+
+    Cheap, to see how a run goes: few samples, few steps, no guidance. Labels, captions and given pictures are those of
+    other held-out pictures than the ones compared with: with the same the distance would come out below 0.
+    """
+
+    def __init__(self, condition: Condition, held_out: LatentCache, vae: Vae, count: int, precision: str):
+        self.condition, self.precision = condition, precision
+        items = evenly_spaced(len(held_out), 2 * count)
+        self.items, reference = items[1::2], items[::2]
+        z = held_out.gather(torch.tensor(reference).numpy(), "mean").to(vae.device)
+        with device.autocast(precision):
+            x = torch.cat([decode(vae, part, tuple(held_out.index.image_size)) for part in z.split(64)])
+        self.kid = CheapKid(vae, x.float().clamp(-1, 1))
+
+    def of(self, pipe: LatentDiffusionPipeline) -> float:
+        """The distance of samples drawn now, always from the same seeds."""
+        arguments = self.condition.drawing(self.items)
+        few = {"num_inference_steps": min(_WATCH_STEPS, pipe.default_steps), "guidance_scale": 1.0}
+        x = _draw(pipe, len(self.items), self.precision, arguments | few)
+        return self.kid.of(normalize(x.to(pipe.device)))
 
 
 def sample_sheet(pipe: LatentDiffusionPipeline, condition: Condition, held_out: int, precision: str) -> Image.Image:

@@ -115,5 +115,9 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def _need_transformers() -> None:
+    """Raise UserError where the extra is missing; where it is not, keep its progress bars out of ours."""
     if not (find_spec("transformers") and find_spec("tokenizers")):
         raise UserError("--condition text needs transformers; install it with pip install 'calotype[text]'.")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

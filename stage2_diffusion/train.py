@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from calotype.stage2_diffusion import conditioning, models, text
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.denoiser import Denoiser, Uncertainty
 from calotype.stage2_diffusion.objectives import Objective
-from calotype.stage2_diffusion.preview import sample_sheet
+from calotype.stage2_diffusion.preview import Watch, sample_sheet
 
 _VALIDATION_LATENTS = 512
 _EXAMPLE_PROMPTS = 48
@@ -138,7 +138,10 @@ class DiffusionStage:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean error of the averaged weights on held-out latents, at noise and times that never change."""
+        """Mean error of the averaged weights on held-out latents, at noise and times that never change; a distance.
+
+        The distance of samples is found in the first process only, which is the one that writes it down.
+        """
         items = evenly_spaced(len(self.held_out), _VALIDATION_LATENTS)
         total = torch.zeros(2, device=self.accelerator.device)
         for start in range(self.share.rank * 64, len(items), self.share.world * 64):
@@ -148,7 +151,16 @@ class DiffusionStage:
                 errors = self.objective.errors(self.averaged, batch.x, given, *self._noise(batch, "validation"))
             total += torch.stack([errors.sum(), errors.new_tensor(len(errors))])
         total = self.accelerator.reduce(total, "sum")
-        return {"loss": (total[0] / total[1]).item()}
+        figures = {"loss": (total[0] / total[1]).item()}
+        if self.accelerator.is_main_process and min(self.settings.kid_samples, len(self.held_out) // 2) > 1:
+            figures["kid[encoder]"] = self.watch.of(self.pipeline())
+        return figures
+
+    @cached_property
+    def watch(self) -> Watch:
+        """What looks at samples now and then."""
+        settings = self.settings
+        return Watch(self.condition, self.held_out, self.vae(), settings.kid_samples, settings.precision)
 
     def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
         """Nothing to say; but this is when the averages are kept for other lengths."""

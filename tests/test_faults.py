@@ -140,7 +140,7 @@ def test_an_update_leaves_an_optimizer_as_it_is(kind, monkeypatch):
     def model_after(factors):
         torch.manual_seed(0)
         model = nn.Linear(4, 2)
-        optimizer = loop.make_optimizer(model.parameters(), settings, 0.1)
+        optimizer = loop.make_optimizer(model, settings, 0.1)
         for i, factor in enumerate(factors):
             (factor * model(torch.full((3, 4), i % 2 + 1.0))).square().mean().backward()
             norm = loop.update(one, model, optimizer, clip=1.0)

@@ -38,7 +38,7 @@ def test_flat_oblong_grey_pictures_make_an_unconditional_model(tmp_path):
 
 
 def test_labels_can_be_ignored(finished, tmp_path):
-    assert cli.main(diffusion(finished, tmp_path / "s2", "--unconditional")) == 0
+    assert cli.main(diffusion(finished, tmp_path / "s2", "--condition", "none")) == 0
     assert UNet2DModel.from_pretrained(tmp_path / "s2/unet").config.num_class_embeds is None
 
 
@@ -56,7 +56,7 @@ def test_training_goes_on_from_a_trained_unet(finished, tmp_path, capsys):
     theirs = load_file(finished / "stage2_diffusion/unet/diffusion_pytorch_model.safetensors")
     ours = load_file(tmp_path / "s2/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert cli.main(diffusion(finished, tmp_path / "s3", *more, "--unconditional")) == 2
+    assert cli.main(diffusion(finished, tmp_path / "s3", *more, "--condition", "none")) == 2
     assert "--init" in capsys.readouterr().err
     assert cli.main(diffusion(finished, tmp_path / "s3", "--init", str(tmp_path))) == 2
     assert f"--init {tmp_path}" in capsys.readouterr().err
@@ -210,3 +210,28 @@ def test_a_code_may_have_more_numbers_than_pictures_that_start_it():
         other = model.encode(x + 1e-4 * torch.randn_like(x))[:, :96]
     torch.testing.assert_close(mean.std(0).flatten(), torch.ones(96), atol=1e-2, rtol=0)
     assert (other - mean).abs().max() < 0.05
+
+
+def test_a_thousand_classes_keep_their_names(tmp_path):
+    """The null class is the row after the last; names come back in the order of the ids."""
+    folder = tmp_path / "pictures"
+    for i in range(1000):
+        (folder / f"kind {i}").mkdir(parents=True)
+        Image.new("L", (8, 8), i % 256).save(folder / f"kind {i}/a.png")
+    out = tmp_path / "run"
+    sheet, vae, latents = (str(out / name) for name in ("data.json", "stage1_vae", "latents"))
+    for argv in (
+        ["data", str(folder), "--image-size", "8", "--val", "0.02", "--out", str(out)],
+        ["train-vae", sheet, "--width", "8", "--factor", "2", *SHORT, "--out", vae],
+        ["encode", sheet, "--vae", f"{vae}/vae", "--out", latents],
+        ["train-diffusion", "--latents", latents, "--width", "16", *SHORT, "--out", str(out / "stage2_diffusion")],
+        ["export", "--run", str(out)],
+    ):
+        assert cli.main(argv) == 0
+    pipe = LatentDiffusionPipeline.from_pretrained(out / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.unet.config.num_class_embeds == 1001
+    names = sorted(f"kind {i}" for i in range(1000))
+    assert pipe.labels == names
+    by_name = pipe("kind 999", 1, num_inference_steps=2, output_type="np").images
+    assert (by_name == pipe(names.index("kind 999"), 1, num_inference_steps=2, output_type="np").images).all()
