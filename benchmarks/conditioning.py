@@ -208,7 +208,7 @@ def superres(run: Path) -> list[dict]:
         {"figure": "superres: PSNR, bicubic", "found": decibels["bicubic"], "n": n},
         {
             "figure": "superres: PSNR, model",
-            "found": quality["model"],
+            "found": decibels["model"],
             "goal": decibels["bicubic"],
             "sign": ">=",
             "n": n,

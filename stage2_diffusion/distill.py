@@ -25,11 +25,11 @@ from calotype.randomness import normal, uniform
 from calotype.sheet import Sheet, read_sheet
 from calotype.stage import Review
 from calotype.stage2_diffusion import conditioning
+from calotype.stage2_diffusion.consistency import Consistency, SlowCopy, few_step_sampler, pseudo_huber
 from calotype.stage2_diffusion.denoiser import Denoiser, Given
 from calotype.stage2_diffusion.distill_config import DistillSettings
 from calotype.stage2_diffusion.objectives import Objective
 from calotype.stage2_diffusion.preview import sample_sheet
-from calotype.stage2_diffusion.segments import Coordinates, Segments
 from calotype.stage2_diffusion.teacher import Teacher, trained_with
 from calotype.stage2_diffusion.tiny_decoder import DecoderStage
 
@@ -38,9 +38,9 @@ _ROWS = 64  # of a validation batch
 
 
 class StudentStage:
-    """The student's training as the loop sees it: at the beginning of a segment it learns the teacher's mean velocity.
+    """The student's training as the loop sees it: a network that begins as the teacher and becomes consistent.
 
-    With the noise of the sampler's own grid, and the teacher's guidance built in, so that a step is one evaluation.
+    The teacher's guidance is built in, so that a step is one evaluation.
     """
 
     name = "distill student"
@@ -60,7 +60,7 @@ class StudentStage:
         self.condition = conditioning.build(self.trained, self.cache, self.held_out, run.sheet, run.vae)
         self.teacher = Teacher(run.stage2, self.condition, settings.guidance)
         objective = Objective(self.trained)
-        self.coordinates, self.segments = Coordinates(objective), Segments(objective, settings.student_steps)
+        self.consistency, self.sampler = Consistency(objective, settings.teacher_steps), few_step_sampler(objective)
         self.identity = {"the teacher": self.teacher.hash, "the latent cache": self.cache.index.fingerprint}
         self.net = self.teacher.network()
         self.teacher.net.to(accelerator.device)
@@ -68,8 +68,11 @@ class StudentStage:
         self.wrapped, self.optimizer = accelerator.prepare(self.net, optimizer)
         self.models, self.optimizers = {"student": self.net.unet}, {"student": self.optimizer.optimizer}
         self.ema = PowerEma(self.net.unet, settings.ema_width)
-        self.averages = {"student": self.ema}
-        self.averaged = Denoiser(self.ema.model, self.condition.text_encoder)
+        self.slow = SlowCopy(self.net.unet)
+        self.averages = {"student": self.ema, "target": self.slow}
+        self.averaged, self.target = (
+            Denoiser(average.model, self.condition.text_encoder) for average in self.averages.values()
+        )
         self.state: dict[str, dict[str, Any]] = {"memory": {"parts": settings.micro_batches}}
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -83,6 +86,7 @@ class StudentStage:
         figures = backward_that_fits(self, batch, step)
         norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
         self.ema.update(self.net.unet, step + 1)
+        self.slow.update(self.net.unet)
         return figures | {"gradient_norm": norm.detach()}
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -97,25 +101,14 @@ class StudentStage:
         return {"loss": total}
 
     def errors(self, net: torch.nn.Module, batch: Batch, given: Given, purpose: str) -> Tensor:
-        """Squared errors (B,) of the mean velocity over a segment; it follows from the position, as the noise does."""
+        """Losses (B,) between neighbours on the grid; noise and places follow from the positions."""
         seed, z, start = self.settings.seed, batch.x, batch.start
         eps = normal(seed, f"{purpose} noise", start, len(z), tuple(z.shape[1:])).to(z.device, non_blocking=True)
-        i = (uniform(seed, f"{purpose} segment", start, len(z)) * len(self.segments)).long()
-        y = self.segments.beginning(z, eps, i)
-        target = self.target(y, i, given)
-        u, t = (grid[i].to(z.device, non_blocking=True) for grid in (self.segments.u, self.segments.t))
-        said = self.coordinates.velocity(net, y, u, t, given)
-        return (said - target).square().flatten(1).mean(1)
-
-    @torch.no_grad()
-    def target(self, y: Tensor, i: Tensor, given: Given) -> Tensor:
-        """The teacher's mean velocity (B, c, h, w) over the segments i (B,) that begin at y (B, c, h, w)."""
-
-        def velocity(y: Tensor, u: Tensor) -> Tensor:
-            return self.coordinates.velocity(self.teacher, y, u, self.coordinates.time(u), given)
-
+        i = (uniform(seed, f"{purpose} place", start, len(z)) * len(self.consistency)).long()
+        y = self.consistency.point(z, eps, i)
         with device.autocast(self.settings.precision):
-            return self.segments.mean_velocity(velocity, y, i, self.settings.solver_steps)
+            target = self.consistency.target(self.target, self.teacher, y, i, given)
+        return pseudo_huber(self.consistency.clean(net, y, i, given), target)
 
     def forget(self) -> None:
         """Clear the gradients."""
@@ -148,12 +141,12 @@ class StudentStage:
         pipe = LatentDiffusionPipeline(
             self.run.vae(),
             self.ema.model,
-            self.segments.scheduler,
+            self.sampler,
             text_encoder=self.condition.text_encoder,
             tokenizer=self.condition.tokenizer,
             id2label=self.teacher.facts["id2label"],
-            condition=self.teacher.facts["condition"],
-            default_steps=len(self.segments),
+            condition=self.condition.kind,
+            default_steps=self.settings.student_steps,
             default_guidance=1.0,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -161,7 +154,7 @@ class StudentStage:
 
     def export(self, folder: Path) -> None:
         """Write the averaged student and its scheduler."""
-        for name, part in (("student", self.ema.model), ("student_scheduler", self.segments.scheduler)):
+        for name, part in (("student", self.ema.model), ("student_scheduler", self.sampler)):
             part.save_pretrained(folder / f".{name}")
             publish(folder / f".{name}", folder / name)
 
@@ -219,7 +212,7 @@ def _publish(settings: DistillSettings, student: StudentStage, decoder: DecoderS
             publish(folder / f".{name}", folder / name)
     measured = json.loads((decoder.settings.out / "finished.json").read_text())
     facts = {
-        "steps": len(student.segments),
+        "steps": settings.student_steps,
         "guidance": student.teacher.guidance,
         "teacher": student.teacher.hash,
         "decoder_psnr": measured["psnr[val]"],

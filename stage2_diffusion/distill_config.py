@@ -14,14 +14,14 @@ _DECODER_SHARE = 0.4  # of --max-minutes
 class DistillSettings(TrainSettings):
     """A student that draws in a few steps and a tiny decoder, out of a finished run; `--fast` draws with them."""
 
-    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"run", "latents", "vae", "data"}
+    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"run", "student_steps", "latents", "vae", "data"}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "tiny": {"batch_size": 64, "lr": 1e-3},
-        "small": {"batch_size": 128, "lr": 5e-4},
-        "base": {"batch_size": 256, "lr": 2e-4},
-        "large": {"batch_size": 512, "lr": 1e-4},
+        "tiny": {"batch_size": 64, "lr": 5e-4},
+        "small": {"batch_size": 128, "lr": 2e-4},
+        "base": {"batch_size": 256, "lr": 1e-4},
+        "large": {"batch_size": 512, "lr": 5e-5},
     }
-    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 500, "small": 5_000, "base": 20_000, "large": 40_000}
+    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 600, "small": 6_000, "base": 20_000, "large": 40_000}
     DECODER_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 3000, "small": 10_000, "base": 20_000, "large": 40_000}
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]] = Field(description="finished run")
@@ -30,16 +30,16 @@ class DistillSettings(TrainSettings):
     vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: RUN/stage1_vae/vae)")
     data: Maybe[Path] = Field(None, description="data sheet of the run (default: RUN/data.json)")
 
-    student_steps: int = Field(4, ge=1, le=8, description="evaluations in which the student draws")
+    student_steps: int = Field(4, ge=1, le=8, description="evaluations in which the student draws by default")
     guidance: Maybe[float] = Field(None, ge=0, description="guidance that the student learns (default: the model's)")
-    solver_steps: int = Field(2, ge=1, description="the teacher's steps, two evaluations each, for one of the student")
+    teacher_steps: int = Field(24, ge=4, le=200, description="of the grid on which the student becomes consistent")
     ema_width: float = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)")
 
     decoder_steps: Maybe[int] = Field(
         None, ge=0, description="optimiser steps of the tiny decoder (default: by preset)"
     )
     decoder_width: Maybe[int] = Field(None, ge=4, description="its channels (default: the autoencoder's first level)")
-    decoder_lr: float = Field(4e-3, gt=0, description="its peak learning rate")
+    decoder_lr: float = Field(8e-3, gt=0, description="its peak learning rate")
 
     @property
     def folder(self) -> Path:
@@ -47,16 +47,25 @@ class DistillSettings(TrainSettings):
         return self.out or self.run / "distilled"
 
     def of_student(self) -> Self:
-        """The settings of the student's training."""
-        return self.model_copy(update={"out": self.folder / "student_training"} | self._minutes(1 - _DECODER_SHARE))
+        """The settings of the student's training; what is about the decoder alone may change."""
+        update = {"out": self.folder / "student_training"} | self._defaults(
+            "decoder_steps", "decoder_width", "decoder_lr"
+        )
+        return self.model_copy(update=update | self._minutes(1 - _DECODER_SHARE))
 
     def of_decoder(self) -> Self:
-        """The settings of the decoder's training."""
+        """The settings of the decoder's training; what is about the student alone may change."""
         steps = self.decoder_steps
         if steps is None and self.max_minutes is None:
             steps = self.DECODER_LENGTHS[self.preset]
-        update = {"out": self.folder / "decoder_training", "steps": steps, "lr": self.decoder_lr}
-        return self.model_copy(update=update | self._minutes(_DECODER_SHARE))
+        # Muon: 1.1 dB more than AdamW after the same time, for a network without normalisation
+        update = {"out": self.folder / "decoder_training", "steps": steps, "lr": self.decoder_lr, "optimizer": "muon"}
+        return self.model_copy(
+            update=update | self._defaults("guidance", "teacher_steps") | self._minutes(_DECODER_SHARE)
+        )
+
+    def _defaults(self, *names: str) -> dict[str, Any]:
+        return {name: type(self).model_fields[name].default for name in names}
 
     def _minutes(self, share: float) -> dict[str, float]:
         return {} if self.max_minutes is None else {"max_minutes": self.max_minutes * share}

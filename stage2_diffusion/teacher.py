@@ -9,7 +9,6 @@ from torch import Tensor
 
 from calotype import device
 from calotype.checkpoint import weights_hash
-from calotype.config import read_settings
 from calotype.errors import UserError
 from calotype.stage2_diffusion import models, text
 from calotype.stage2_diffusion.conditioning import Condition
@@ -18,12 +17,21 @@ from calotype.stage2_diffusion.denoiser import Denoiser, Given, Prediction
 
 
 def trained_with(folder: Path, **here: Any) -> DiffusionSettings:
-    """The settings of the finished stage-2 run in a folder, with some as they are `here`; raises UserError."""
+    """What the finished stage-2 run in a folder was trained with, some settings as they are `here`; raises UserError.
+
+    What makes its network what it is stands in model.json; settings that have come or gone since do not matter.
+    """
     if not (folder / "finished.json").is_file():
         raise UserError(f"RUN: {folder / 'finished.json'} is not there; finish `calotype train-diffusion` first.")
-    given = read_settings(DiffusionSettings, folder / "config.json")
-    init = folder if (folder / "text_encoder").is_dir() else None  # the captions' words are those of the run
-    return DiffusionSettings(**given | {"init": init, "text_encoder": None} | here)
+    facts, config = (json.loads((folder / name).read_text()) for name in ("model.json", "config.json"))
+    given = {name: config[name] for name in ("zero_terminal_snr", "label_dropout") if name in config}
+    given |= {
+        "objective": facts["objective"],
+        "condition": facts.get("condition", "class" if facts["id2label"] else "none"),
+    }
+    if (folder / "text_encoder").is_dir():
+        given["init"] = folder  # the captions' words are those of the run
+    return DiffusionSettings(**given | here)
 
 
 class Teacher:

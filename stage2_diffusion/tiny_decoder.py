@@ -1,4 +1,7 @@
-"""A tiny decoder for previews and fast drawing: a stock `AutoencoderTiny` that learns what the full decoder makes."""
+"""A tiny decoder for previews and fast drawing: a stock `AutoencoderTiny` that learns to decode the cached latents.
+
+It learns from the pictures and not from the full decoder's output: in the same CPU time that gives 0.8 dB more.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from calotype import device, loop
-from calotype.autoencoder import Vae, crop, downsampling
+from calotype.autoencoder import Vae, crop, decode, downsampling, pad
 from calotype.checkpoint import publish
 from calotype.data import Batch, Pictures, evenly_spaced, micro_batches, share_of
 from calotype.ema import PowerEma
 from calotype.images import image_grid, normalize
-from calotype.latents import LatentBatches, LatentCache
+from calotype.latents import LatentBatches, LatentCache, mirrored
 from calotype.memory import backward_that_fits
 from calotype.metrics import psnr
 from calotype.randomness import key
@@ -36,7 +39,7 @@ def build(vae: Vae, latent_channels: int, width: int | None, seed: int) -> Autoe
     """
     levels = downsampling(vae).bit_length()
     width = width or vae.config.block_out_channels[0]
-    blocks = (2,) * (levels - 1) + (0,)
+    blocks = (4, *(3,) * (levels - 2), 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "tiny decoder"))
         return AutoencoderTiny(
@@ -60,11 +63,13 @@ class DecoderStage:
         self.settings, self.accelerator = settings, accelerator
         self.share = share_of(accelerator, settings.batch_size, settings.micro_batches)
         self.cache, self.held_out = LatentCache(run.latents, "train"), LatentCache(run.latents, "val")
-        self.vae, self.pictures = run.vae(), Pictures(run.sheet(), "val")
+        self.vae, sheet = run.vae(), run.sheet()
+        self.pictures = {split: Pictures(sheet, split) for split in ("train", "val")}
         index = self.cache.index
         self.size = tuple(index.image_size)
         self.identity = {"the latent cache": f"{index.fingerprint}/{index.vae}"}
         self.net = build(self.vae, index.shape[0], settings.decoder_width, settings.seed)
+        self.net = self.net.to(memory_format=torch.channels_last)  # a third less time on a CPU
         self.net.encoder.requires_grad_(False)
         optimizer = loop.make_optimizer(self.net.decoder, settings, settings.lr)
         self.wrapped, self.optimizer = accelerator.prepare(self.net.decoder, optimizer)
@@ -89,16 +94,18 @@ class DecoderStage:
         parts = self.state["memory"]["parts"]
         total = torch.zeros((), device=self.accelerator.device)
         for part in micro_batches(self.accelerator, self.wrapped, batch.to(self.accelerator.device), parts):
-            loss = (self.wrapped(part.x).float() - self.target(part.x)).square().mean() / parts
+            loss = (self.wrapped(part.x).float() - self.target(part)).square().mean() / parts
             self.accelerator.backward(loss)
             total += loss.detach()
         return {"loss": total}
 
-    @torch.no_grad()
-    def target(self, z: Tensor) -> Tensor:
-        """What the full decoder makes (B, C, H, W) of latents (B, c, h, w), its border included."""
-        with device.autocast(self.settings.precision):
-            return self.vae.decode(z).sample.float()
+    def target(self, batch: Batch) -> Tensor:
+        """The pictures (B, C, H, W) in [-1, 1] of a batch of latents, as large as they are decoded."""
+        x = torch.stack([self.pictures["train"][item] for item in batch.item.tolist()])
+        if self.cache.index.flip:
+            flipped = mirrored(self.settings.seed, batch.start, len(x))
+            x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+        return pad(normalize(x.to(self.accelerator.device, non_blocking=True)), downsampling(self.vae))
 
     def forget(self) -> None:
         """Clear the gradients."""
@@ -127,11 +134,12 @@ class DecoderStage:
 
     def full(self, z: Tensor) -> Tensor:
         """The same by the full decoder."""
-        return crop(self.target(z), self.size).clamp(-1, 1)
+        with device.autocast(self.settings.precision):
+            return decode(self.vae, z, self.size).clamp(-1, 1)
 
     def _held_out(self, items: list[int]) -> tuple[Tensor, Tensor]:
         z = self.held_out.gather(torch.tensor(items).numpy(), "mean").to(self.accelerator.device)
-        return z, normalize(torch.stack([self.pictures[i] for i in items]).to(self.accelerator.device))
+        return z, normalize(torch.stack([self.pictures["val"][i] for i in items]).to(self.accelerator.device))
 
     def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
         """Nothing to say."""
@@ -147,5 +155,5 @@ class DecoderStage:
     def export(self, folder: Path) -> None:
         """Write the averaged decoder with the encoder that the class wants."""
         self.net.decoder.load_state_dict(self.ema.model.state_dict())
-        self.net.save_pretrained(folder / ".tiny_decoder")
+        self.net.to(memory_format=torch.contiguous_format).save_pretrained(folder / ".tiny_decoder")
         publish(folder / ".tiny_decoder", folder / "tiny_decoder")

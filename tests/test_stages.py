@@ -235,3 +235,15 @@ def test_a_thousand_classes_keep_their_names(tmp_path):
     assert pipe.labels == names
     by_name = pipe("kind 999", 1, num_inference_steps=2, output_type="np").images
     assert (by_name == pipe(names.index("kind 999"), 1, num_inference_steps=2, output_type="np").images).all()
+
+
+def test_the_distance_of_samples_is_written_down_unless_it_is_not_wanted(finished, tmp_path):
+    def figures(name, *more):
+        assert cli.main(diffusion(finished, tmp_path / name, *more)) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line["kid[encoder]"] for line in lines if "kid[encoder]" in line]
+
+    first = figures("a")
+    assert len(first) == 1 and np.isfinite(first[0])
+    assert figures("b") == first
+    assert figures("c", "--kid-samples", "0") == []
