@@ -260,7 +260,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         student_scheduler: SchedulerMixin | None = None,
         tiny_decoder: diffusers.AutoencoderTiny | None = None,
         id2label: dict[str, str] | None = None,
-        default_steps: int = 18,
+        default_steps: int = 15,
         default_guidance: float = 1.5,
         condition: str | None = None,
         sampler: str | None = None,

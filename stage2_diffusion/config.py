@@ -59,7 +59,7 @@ class DiffusionSettings(TrainSettings):
     guidance: Maybe[float] = Field(
         None, ge=0, description="default guidance scale of the model (default: by condition)"
     )
-    sampler_steps: int = Field(18, ge=1, description="evaluations that the exported model uses by default")
+    sampler_steps: int = Field(15, ge=1, description="evaluations that the exported model uses by default")
 
     @model_validator(mode="after")
     def _what_does_not_go_together(self) -> Self:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, UNet2DModel
 from torch.testing import assert_close
 
 from calotype.stage2_diffusion.conditioning import drop_labels
@@ -194,17 +194,17 @@ class ExactDenoiser(torch.nn.Module):
 
 @pytest.mark.parametrize("name, zero", ALL)
 def test_the_exported_sampler_draws_the_exact_gaussian(name, zero):
-    """18 steps with the exact denoiser: the deviation within 2 %, and the mean."""
+    """15 steps with the exact denoiser: the deviation within 3 %, and the mean."""
     scheduler = objective(name, zero).scheduler()
-    assert isinstance(scheduler, DPMSolverMultistepScheduler)
-    scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    scheduler.set_timesteps(18)
+    assert isinstance(scheduler, UniPCMultistepScheduler)
+    scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(15)
     z = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     model = ExactDenoiser(name, zero)
     for t in scheduler.timesteps:
         z = scheduler.step(model(z, t).value, t, z).prev_sample
     assert abs(z.mean().item() - MEAN) < 0.02
-    assert abs(z.std().item() / STD - 1) < 0.02
+    assert abs(z.std().item() / STD - 1) < 0.03
 
 
 @pytest.mark.parametrize("name, zero", ALL)
