@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     # The settings that latent diffusion was published with, for runs a thousand times as long.
     "published": "--objective epsilon --lr 1e-4 --lr-schedule constant --ema-width 0.01".split(),
 }
-_CURVE = (0.25, 0.5)  # shares of the time at which samples are drawn at guidance 1
+_CURVE, _CURVE_SAMPLES = (0.25, 0.5), 500  # shares of the time at which samples are drawn at guidance 1
 
 
 def main() -> int:
@@ -118,31 +118,32 @@ class Trial:
             self.stage.step(next(batches), step)
             step, spent = step + 1, spent + time.process_time() - began
             if marks and spent >= marks[0]:
-                found.append(self._row(marks.pop(0), step, 1.0))
-        return found + [self._row(self.args.cpu_seconds, step, guidance) for guidance in self.args.guidance]
+                found.append(self._row(marks.pop(0), step, 1.0, _CURVE_SAMPLES))
+        end = self.args.cpu_seconds
+        return found + [self._row(end, step, guidance, self.args.n) for guidance in self.args.guidance]
 
-    def _row(self, seconds: float, step: int, guidance: float) -> dict:
-        x = self._draw(guidance)
+    def _row(self, seconds: float, step: int, guidance: float, count: int) -> dict:
+        x = self._draw(guidance, count)
         folder = self.args.out / self.name.replace(" ", "_") / f"{self.seed}" / f"{seconds:.0f}s" / f"g{guidance}"
         self._write(x, folder)
         row = {"variant": self.name, "seed": self.seed, "cpu_seconds": seconds, "steps": step, "guidance": guidance}
-        row |= {"n": len(x), "evaluations": self.args.steps, "samples": str(folder)} | self.judge.score(x)
+        row |= {"n": count, "evaluations": self.args.steps, "samples": str(folder)} | self.judge.score(x)
         print(row, flush=True)
         return row
 
     @torch.no_grad()
-    def _draw(self, guidance: float) -> Tensor:
+    def _draw(self, guidance: float, count: int) -> Tensor:
         """Pictures uint8 (n, C, H, W), the classes in turn."""
         pipe, drawn = self.stage.pipeline(), []
         classes = len(self.stage.class_names)
-        for start in range(0, self.args.n, 250):
-            count = min(250, self.args.n - start)
-            labels = [(start + i) % classes for i in range(count)] if classes else None
+        for start in range(0, count, 250):
+            here = min(250, count - start)
+            labels = [(start + i) % classes for i in range(here)] if classes else None
             with device.autocast("auto"):
                 drawn.append(
                     pipe(
                         labels,
-                        count,
+                        here,
                         seed=100_000 * (1 + self.seed) + start,
                         num_inference_steps=self.args.steps,
                         guidance_scale=guidance,

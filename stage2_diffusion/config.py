@@ -17,7 +17,7 @@ class DiffusionSettings(TrainSettings):
 
     FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"latents", "vae", "init", "data", "text_encoder"}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "tiny": {"width": 64, "depth": 2, "layers": 1, "batch_size": 64, "lr": 1e-3},
+        "tiny": {"width": 64, "depth": 2, "layers": 1, "batch_size": 64, "lr": 2e-3},
         "small": {"width": 96, "depth": 3, "layers": 2, "batch_size": 128, "lr": 5e-4},
         "base": {"width": 160, "depth": 3, "layers": 2, "attention": True, "batch_size": 256, "lr": 2e-4},
         "large": {"width": 256, "depth": 4, "layers": 2, "attention": True, "batch_size": 512, "lr": 1e-4},

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 
 from calotype.errors import UserError
 from calotype.randomness import key
@@ -35,9 +36,18 @@ def build(settings: DiffusionSettings, inputs: Inputs) -> UNet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(settings.seed, "init"))
             unet = _text_unet(settings, inputs) if inputs.text_width else UNet2DModel(**_config(settings, inputs))
+        _begin_with_nothing(unet)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
+
+
+def _begin_with_nothing(unet: UNet) -> None:
+    """Each residual block begins as the identity and the whole as 0 (Ho et al. 2020; Dhariwal & Nichol 2021)."""
+    last = [block.conv2 for block in unet.modules() if isinstance(block, ResnetBlock2D)]
+    for layer in (*last, unet.conv_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
 
 
 def _common(settings: DiffusionSettings, inputs: Inputs) -> dict:
@@ -47,6 +57,7 @@ def _common(settings: DiffusionSettings, inputs: Inputs) -> dict:
         out_channels=inputs.shape[0],
         block_out_channels=tuple(settings.width * m for m in _MULTIPLIERS[: _depth(settings, inputs.shape)]),
         layers_per_block=settings.layers,
+        resnet_time_scale_shift="scale_shift",  # time and class scale each layer's activations (Dhariwal & Nichol 2021)
         norm_num_groups=next(groups for groups in (32, 16, 8, 4, 2, 1) if settings.width % groups == 0),
     )
 

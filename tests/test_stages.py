@@ -69,7 +69,7 @@ def test_there_are_no_more_levels_than_the_latents_can_be_halved(finished, tmp_p
     settings = DiffusionSettings(out="", latents="", depth=5, width=16)
     depths = {(8, 8): 4, (7, 7): 1, (12, 8): 3, (6, 12): 2}
     for side, depth in depths.items():
-        unet = models.build(settings, (2, *side), 3)
+        unet = models.build(settings, models.Inputs((2, *side), classes=3))
         assert len(unet.config.block_out_channels) == depth
         assert unet(torch.zeros(1, 2, *side), 0, class_labels=torch.tensor([0])).sample.shape == (1, 2, *side)
 
@@ -79,9 +79,9 @@ def test_a_unet_that_goes_on_takes_the_size_of_the_new_latents(finished, tmp_pat
     from calotype.stage2_diffusion.config import DiffusionSettings
 
     settings = DiffusionSettings(out="", latents="", init=finished)
-    assert models.build(settings, (4, 16, 12), 8).config.sample_size == [16, 12]
+    assert models.build(settings, models.Inputs((4, 16, 12), classes=8)).config.sample_size == [16, 12]
     with pytest.raises(ValueError, match="--init .* do not divide latents of 7x7"):
-        models.build(settings, (4, 7, 7), 8)
+        models.build(settings, models.Inputs((4, 7, 7), classes=8))
 
 
 @pytest.mark.parametrize("regularizer, log_variance", [("none", -30.0), ("kl", 2 * np.log(0.2))])
@@ -247,3 +247,17 @@ def test_the_distance_of_samples_is_written_down_unless_it_is_not_wanted(finishe
     assert len(first) == 1 and np.isfinite(first[0])
     assert figures("b") == first
     assert figures("c", "--kid-samples", "0") == []
+
+
+@pytest.mark.parametrize("text_width", [0, 32])
+def test_a_new_unet_says_nothing_yet(text_width):
+    """Its blocks are the identity and its output is 0, so that the first gradients are small and sound."""
+    from calotype.stage2_diffusion import models
+    from calotype.stage2_diffusion.config import DiffusionSettings
+
+    unet = models.build(
+        DiffusionSettings(out="", latents="", width=16), models.Inputs((2, 4, 4), text_width=text_width)
+    )
+    text = {"encoder_hidden_states": torch.randn(3, 5, 32)} if text_width else {}
+    assert (unet(torch.randn(3, 2, 4, 4), torch.tensor([1, 500, 999]), **text).sample == 0).all()
+    assert unet.config.resnet_time_scale_shift == "scale_shift"
