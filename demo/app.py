@@ -46,7 +46,13 @@ def build(folder: Path, temporary: str):
     from calotype.demo.studio import Studio
     from calotype.pipeline.generate import load
 
-    return page.build(Studio(load(folder)), title_of(folder)).queue(**QUEUE)
+    pipe = load(folder)
+    if pipe.takes_image:
+        raise UserError(
+            f"MODEL {folder} draws from given pictures ({pipe.condition}), which the page cannot take yet; "
+            "use `calotype generate --image`."
+        )
+    return page.build(Studio(pipe), title_of(folder)).queue(**QUEUE)
 
 
 def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:

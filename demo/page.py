@@ -11,7 +11,7 @@ from functools import partial
 import gradio as gr
 from PIL import Image
 
-from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_SEED, MOST_STEPS, Request, Studio
+from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Request, Studio
 from calotype.errors import UserError
 
 ANY = ""  # the value behind "any"; no label is empty
@@ -115,19 +115,26 @@ def generate_tab(studio: Studio) -> None:
 def controls(studio: Studio) -> tuple[list, gr.Button, gr.Button]:
     """What a visitor can set, in the order that `developing` takes it, and the two buttons."""
     pipe = studio.pipe
-    choices = [("any", ANY), *((label, label) for label in pipe.labels)]
-    label = gr.Dropdown(choices, value=ANY, label="Label", filterable=True, visible=bool(pipe.labels))
+    label = prompt_or_label(pipe)
     count = gr.Slider(1, MOST_IMAGES, value=min(9, MOST_IMAGES), step=1, label="Images")
     with gr.Group():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
         roll = gr.Radio([("⚄ new each time", True), ("↺ reuse this one", False)], value=True, show_label=False)
     steps = gr.Slider(1, MOST_STEPS, value=min(pipe.default_steps, MOST_STEPS), step=1, label="Steps")
     guidance = gr.Slider(0, MOST_GUIDANCE, value=pipe.default_guidance, step=0.1, label="Guidance",
-                         visible=bool(pipe.labels))  # fmt: skip
+                         visible=pipe.condition in ("class", "text"))  # fmt: skip
     with gr.Row():
         generate = gr.Button("Generate", variant="primary", scale=2)
         stop = gr.Button("Stop", interactive=False, scale=1)
     return [label, count, seed, roll, steps, guidance], generate, stop
+
+
+def prompt_or_label(pipe) -> gr.components.FormComponent:
+    """Where a visitor says what to draw."""
+    if pipe.condition == "text":
+        return gr.Textbox("", label="Prompt", placeholder="what to draw", max_length=MOST_PROMPT)
+    choices = [("any", ANY), *((label, label) for label in pipe.labels)]
+    return gr.Dropdown(choices, value=ANY, label="Label", filterable=True, visible=bool(pipe.labels))
 
 
 def developing(studio: Studio, label, count, seed, roll, steps, guidance) -> Iterator[tuple]:

@@ -20,6 +20,7 @@ MOST_IMAGES = 16
 MOST_STEPS = 200
 MOST_GUIDANCE = 15.0
 MOST_SEED = 2**32 - 1
+MOST_PROMPT = 400  # characters
 MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memory
 
 
@@ -51,8 +52,7 @@ class Studio:
 
     def request(self, label, num_images, seed, steps, guidance) -> Request:
         """What a visitor typed as a Request: numbers out of range are moved to the limit, the rest is refused."""
-        if label and label not in self.pipe.labels:
-            raise UserError(f"label {str(label)[:80]!r} is not one of this model's; choose one from the list")
+        self._refuse_label(label)
         count = int(_clamp("number of images", num_images, 1, MOST_IMAGES))
         seed = secrets.randbelow(MOST_SEED + 1) if seed is None else int(_clamp("seed", seed, 0, MOST_SEED))
         return Request(
@@ -62,6 +62,14 @@ class Studio:
             num_inference_steps=int(_clamp("steps", steps, 1, MOST_STEPS)),
             guidance_scale=_clamp("guidance", guidance, 0, MOST_GUIDANCE),
         )
+
+    def _refuse_label(self, label) -> None:
+        """A prompt is any short text, a label one of those that the model knows."""
+        if self.pipe.condition == "text":
+            if label is not None and (not isinstance(label, str) or len(label) > MOST_PROMPT):
+                raise UserError(f"the prompt must be a text of up to {MOST_PROMPT} characters; shorten it")
+        elif label and label not in self.pipe.labels:
+            raise UserError(f"label {str(label)[:80]!r} is not one of this model's; choose one from the list")
 
     def any_labels(self, count: int, seed: int) -> list[str] | None:
         """A label for each picture, drawn from seed + i like the picture itself; None for a model without labels."""

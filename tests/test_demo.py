@@ -272,6 +272,30 @@ def test_page_without_labels(studio):
     assert "&lt;plain&gt;" in page.masthead(studio, "<plain>")
 
 
+def test_a_text_model_is_asked_with_a_prompt(studio):
+    from calotype.demo import page
+    from models import pipeline, text_parts, text_unet
+
+    text_studio = type(studio)(pipeline(text_unet(), **text_parts()))
+    shown = {getattr(block, "label", "") for block in page.build(text_studio, "text").blocks.values()}
+    assert "Prompt" in shown and "Label" not in shown
+    drawn = [list(text_studio.develop(text_studio.request(prompt, 1, 0, 2, 1)))[-1] for prompt in ("a blue disc", "")]
+    assert drawn[0].images[0].tobytes() != drawn[1].images[0].tobytes()
+    for bad in (["a"], 7, "a" * 401):
+        with pytest.raises(UserError, match="prompt must be a text"):
+            text_studio.request(bad, 1, 0, 2, 1)
+    with pytest.raises(UserError, match="tokens"):
+        list(text_studio.develop(text_studio.request("a b c d e f g h i j k l m n o p", 1, 0, 2, 1)))
+
+
+def test_a_model_of_given_pictures_is_sent_to_the_command_line(tmp_path):
+    from models import pipeline, tiny_unet
+
+    pipeline(tiny_unet(8), condition="edges").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="calotype generate --image"):
+        app.build(tmp_path, str(tmp_path))
+
+
 def test_psnr():
     from calotype.demo.studio import psnr
 

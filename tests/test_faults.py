@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(finished, monkeypatch, more, m
 @pytest.mark.parametrize("broken", [break_forward, break_backward])
 def test_a_unet_is_left_alone_too(finished, monkeypatch, broken):
     stage = diffusion_stage(finished)
-    broken(monkeypatch, lambda stage: stage.unet.conv_in, {2}, DiffusionStage)
+    broken(monkeypatch, lambda stage: stage.net.unet.conv_in, {2}, DiffusionStage)
     take(stage, 0, 1)
     before = everything(stage)
     assert not take(stage, 2)["gradient_norm"].isfinite()
@@ -249,7 +249,7 @@ def test_steps_that_are_not_in_a_row_are_named_one_by_one(finished, tmp_path, mo
 
 
 def test_a_fault_of_stage_2_is_named_and_the_run_goes_on(finished, tmp_path, monkeypatch):
-    break_forward(monkeypatch, lambda stage: stage.unet.mid_block.resnets[0].conv1, {3}, DiffusionStage)
+    break_forward(monkeypatch, lambda stage: stage.net.unet.mid_block.resnets[0].conv1, {3}, DiffusionStage)
     source = ["--latents", str(finished / "latents"), "--vae", str(finished / "stage1_vae/vae"), "--width", "16"]
     more = ["--steps", "6", "--sampler-steps", "2", "--batch-size", "8", "--precision", "fp32", "--log-every", "1"]
     assert cli.main(["train-diffusion", *source, *more, "--validations", "1", "--out", str(tmp_path / "run")]) == 0
