@@ -5,9 +5,9 @@
 What DIR does not hold yet is trained: `calotype run shapes:full --condition …`, with one autoencoder for all. The last
 line is the result as JSON; the exit code is 1 if a goal is missed.
 
-text: of 480 captions of pictures that were never seen, how many samples show the shape and the colour asked for, by the
-network of `benchmarks.shapes_quality`, and how many stand in the asked-for ninth of the picture, by the centroid of
-what differs from the background, against captions dealt out anew.
+text, plain: of 480 captions of pictures that were never seen (of shapes:full, and of shapes), how many samples show the
+shape and the colour asked for, by the network of `benchmarks.shapes_quality`; of the first also how many stand in the
+asked-for ninth of the picture, by the centroid of what differs from the background, against captions dealt out anew.
 inpaint: the mean step between neighbouring pixels on both sides of the hole's edge: in true pictures, with the hole
 filled from another picture, with the model's filling; and how far what was filled is from the true picture.
 superres: PSNR, and the Fréchet distance in the features of a network trained on the run's own pictures, against
@@ -31,7 +31,7 @@ from calotype.metrics import frechet_distance, moments, psnr
 from calotype.pipeline.generate import load
 from calotype.pipeline.latent_diffusion import degrade, shrink
 from calotype.randomness import numpy_generator
-from calotype.shapes import FULL, draw_factors, render
+from calotype.shapes import FULL, PLAIN, Factors, Variation, draw_factors, render
 from calotype.sheet import read_sheet
 from calotype.stage2_diffusion.masks import random_masks
 
@@ -47,9 +47,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=12, help="of the run with captions; the others take 0.6 of it")
-    parser.add_argument("--only", nargs="+", default=["text", "inpaint", "superres"])
+    measures = {"text": text, "plain": plain_text, "inpaint": inpaint, "superres": superres}
+    parser.add_argument("--only", nargs="+", choices=measures, default=list(measures))
     args = parser.parse_args()
-    measures = {"text": text, "inpaint": inpaint, "superres": superres}
     rows = [row for name in args.only for row in measures[name](run_of(args, name))]
     print(f"{'figure':64} {'found':>9} {'goal':>10} {'n':>6}")
     for row in rows:
@@ -68,10 +68,10 @@ def met(row: dict) -> bool:
 def run_of(args, name: str) -> Path:
     """The run of a condition, trained unless it is there."""
     out = args.out / name
-    condition = f"superres:{FACTOR}" if name == "superres" else name
-    words = ["run", "shapes:full", "--condition", condition, "--out", str(out)]
+    condition = {"superres": f"superres:{FACTOR}", "plain": "text"}.get(name, name)
+    words = ["run", "shapes" if name == "plain" else "shapes:full", "--condition", condition, "--out", str(out)]
     vae = args.out / "text/stage1_vae/vae"
-    if name != "text" and vae.is_dir():
+    if name not in ("text", "plain") and vae.is_dir():
         words += ["--vae", str(vae), "--max-minutes", f"{0.6 * args.minutes}"]
     else:
         words += ["--max-minutes", f"{args.minutes}"]
@@ -96,26 +96,49 @@ def draw(run: Path, label, count: int, **more) -> Tensor:
 # Captions
 
 
+def plain_text(run: Path) -> list[dict]:
+    """Shape and colour alone: in plain `shapes` everything is in the middle."""
+    return shape_and_colour(run, "plain", *samples(run, PLAIN))
+
+
 def text(run: Path) -> list[dict]:
     """Shape, colour and place of samples for captions."""
-    wanted = [draw_factors(CAPTION_SEED, i, FULL) for i in range(CAPTIONS)]
-    x = draw(run, [f.caption for f in wanted], CAPTIONS)
-    sheet(x[:48], run / "captions.png", columns=12)
-    judge = make_judge(run / "judge.safetensors", "full", 10)
-    print("the judge on true pictures:", held_out_scores(judge, "full"))
-    right = score(classify(judge, x), torch.tensor([f.label for f in wanted]))
+    x, wanted = samples(run, FULL)
     true = torch.stack([normalize(to_uint8(render(f, tuple(x.shape[2:])))) for f in wanted])
     asked = torch.tensor([cell(torch.tensor([f.x, f.y])) for f in wanted])
     shuffled = asked[torch.from_numpy(numpy_generator(0, "captions dealt out").permutation(CAPTIONS))]
     there, chance = (cells(x) == asked).double().mean().item(), (cells(x) == shuffled).double().mean().item()
     by_eye = (cells(true) == asked).double().mean().item()
-    return [
-        {"figure": "text: shape and colour right", "found": right["both"], "goal": 0.85, "sign": ">=", "n": CAPTIONS},
-        {"figure": "text: shape right", "found": right["shape"], "n": CAPTIONS},
-        {"figure": "text: colour right", "found": right["colour"], "n": CAPTIONS},
+    return shape_and_colour(run, "full", x, wanted) + [
         {"figure": "text: place right", "found": there, "goal": 3 * chance, "sign": ">=", "n": CAPTIONS},
         {"figure": "text: place right by chance", "found": chance, "n": CAPTIONS},
         {"figure": "text: place right, of true pictures", "found": by_eye, "n": CAPTIONS},
+    ]
+
+
+def samples(run: Path, variation: Variation) -> tuple[Tensor, list[Factors]]:
+    """Samples (480, C, H, W) in [-1, 1] for captions, and what these ask for."""
+    wanted = [draw_factors(CAPTION_SEED, i, variation) for i in range(CAPTIONS)]
+    x = draw(run, [f.caption for f in wanted], CAPTIONS)
+    sheet(x[:48], run / "captions.png", columns=12)
+    return x, wanted
+
+
+def shape_and_colour(run: Path, variation: str, x: Tensor, wanted: list[Factors]) -> list[dict]:
+    judge = make_judge(run / "judge.safetensors", variation, 10)
+    print("the judge on true pictures:", held_out_scores(judge, variation))
+    right = score(classify(judge, x), torch.tensor([f.label for f in wanted]))
+    name = "text" if variation == "full" else "plain text"
+    return [
+        {
+            "figure": f"{name}: shape and colour right",
+            "found": right["both"],
+            "goal": 0.85,
+            "sign": ">=",
+            "n": CAPTIONS,
+        },
+        {"figure": f"{name}: shape right", "found": right["shape"], "n": CAPTIONS},
+        {"figure": f"{name}: colour right", "found": right["colour"], "n": CAPTIONS},
     ]
 
 

@@ -14,6 +14,7 @@ from calotype.data import Pictures, evenly_spaced
 from calotype.errors import UserError
 from calotype.folder import Entry, list_pictures
 from calotype.images import fit_image, load_image, to_uint8
+from calotype.pipeline.given import given
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.randomness import uniform
 from calotype.sheet import Sheet
@@ -39,7 +40,7 @@ def default_count() -> int:
 
 
 def draw(pipe: LatentDiffusionPipeline, settings, splits: dict[str, Pictures]) -> Samples:
-    """Draw with classes or captions as the pictures have them; raises UserError where the model needs pictures."""
+    """Draw with classes, captions or given pictures as the pictures of the run have them."""
     n = default_count() if settings.n is None else settings.n
     told, labels = _told(pipe, splits, n, settings.seed)
     order = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "output_type": "pt"}
@@ -48,16 +49,16 @@ def draw(pipe: LatentDiffusionPipeline, settings, splits: dict[str, Pictures]) -
     parts = []
     with _counted(pipe) as evaluations:
         for start in track(range(0, n, settings.batch_size), "Drawing", transient=True):
-            here = told[start : start + settings.batch_size] if told else None
-            parts.append(_batch(pipe, here, min(settings.batch_size, n - start), settings, start, order))
+            here = {name: values[start : start + settings.batch_size] for name, values in told.items()}
+            parts.append(_batch(pipe, min(settings.batch_size, n - start), settings, start, order | here))
     return Samples(torch.cat(parts), labels, _contract(pipe, settings, n, evaluations[0] / n))
 
 
-def _batch(pipe: LatentDiffusionPipeline, told: list | None, count: int, settings, start: int, order: dict) -> Tensor:
+def _batch(pipe: LatentDiffusionPipeline, count: int, settings, start: int, order: dict) -> Tensor:
     """Pictures uint8 (B, C, H, W), rounded as they would be in a file."""
     try:
         with device.autocast(settings.precision):
-            x = pipe(told, count, seed=settings.seed + start, **order).images
+            x = pipe(num_images=count, seed=settings.seed + start, **order).images
     except ValueError as error:  # the pipeline travels alone and knows no UserError
         raise UserError(str(error)) from None
     return (x.float() * 255).round().to(torch.uint8).cpu()
@@ -65,23 +66,24 @@ def _batch(pipe: LatentDiffusionPipeline, told: list | None, count: int, setting
 
 def _told(
     pipe: LatentDiffusionPipeline, splits: dict[str, Pictures], n: int, seed: int
-) -> tuple[list[str] | None, Tensor | None]:
+) -> tuple[dict[str, list], Tensor | None]:
     """What each drawing is told, and the class ids (n,) it should then show.
 
-    Classes come at random with their shares in the training pictures, prompts from held-out ones. With equal shares, or
-    evenly spread, samples would not be independent, and the kernel distance of a perfect model would not be 0.
+    Classes come at random with their shares in the training pictures, prompts and given pictures from held-out ones.
+    With equal shares, or evenly spread, samples would not be independent, and the kernel distance of a perfect model
+    would not be 0.
     """
-    condition = getattr(pipe, "condition", "class" if pipe.labels else "none")
-    if condition not in ("none", "class", "text"):
-        raise UserError(f"RUN draws from pictures ({condition}); draw some yourself and give --samples DIR, or -n 0.")
-    if condition == "none":
-        return None, None
-    pictures = splits["val" if condition == "text" else "train"]
+    if pipe.condition == "none":
+        return {}, None
+    pictures = splits["train" if pipe.condition == "class" else "val"]
     items = (uniform(seed, "evaluation/told", 0, n) * len(pictures)).long().tolist()
     labels = pictures.labels[items]
-    if condition == "text":
-        return [pictures.records[i].text for i in items], labels if bool((labels >= 0).all()) else None
-    return [pipe.labels[label] for label in labels], labels
+    if pipe.condition == "class":
+        return {"label": [pipe.labels[label] for label in labels]}, labels
+    known = labels if bool((labels >= 0).all()) else None
+    if pipe.takes_image:
+        return given(pipe, pictures, items)[0], known
+    return {"label": [pictures.records[i].text for i in items]}, known
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from calotype import device
 from calotype.data import Pictures, evenly_spaced
-from calotype.images import denormalize, image_grid, normalize, to_pil
-from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline, degrade, shrink
+from calotype.images import image_grid
+from calotype.pipeline.given import given
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.sheet import read_sheet
 
 _MOST = 48
@@ -38,28 +39,10 @@ def _given_and_made(pipe: LatentDiffusionPipeline, run: Path, seed: int) -> Imag
     """Rows of what held-out pictures were made into, each above what the model makes of it."""
     pictures = Pictures(read_sheet(run / "data.json"), "val")
     items = evenly_spaced(len(pictures), _MOST // 2)
-    x = normalize(torch.stack([pictures[i] for i in items]))
-    mask = torch.zeros(len(x), 1, *x.shape[2:])
-    mask[:, :, x.shape[2] // 4 : -(x.shape[2] // 4), x.shape[3] // 4 : -(x.shape[3] // 4)] = 1
-    order = {"image": _pictures(_as_given(pipe.condition, x, mask))}
-    if pipe.condition == "inpaint":
-        order["mask"] = _pictures(2 * mask - 1)
-    labels = [pipe.labels[i] if i >= 0 else None for i in pictures.labels[items].tolist()] if pipe.labels else None
-    made = _to_uint8(pipe(labels, len(x), seed=seed, output_type="pt", **order).images)
-    given = denormalize(degrade(pipe.condition, x, mask))
-    rows = [row for pair in zip(given.split(_COLUMNS), made.split(_COLUMNS), strict=True) for row in pair]
+    order, shown = given(pipe, pictures, items)
+    made = _to_uint8(pipe(num_images=len(items), seed=seed, output_type="pt", **order).images)
+    rows = [row for pair in zip(shown.split(_COLUMNS), made.split(_COLUMNS), strict=True) for row in pair]
     return image_grid(torch.cat(rows), min(_COLUMNS, len(items)))
-
-
-def _as_given(condition: str, x: Tensor, mask: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1] as the pipeline takes them."""
-    if condition.startswith("superres"):
-        return shrink(x, int(condition.partition(":")[2]))
-    return degrade(condition, x, mask)
-
-
-def _pictures(x: Tensor) -> list[Image.Image]:
-    return [to_pil(pixels) for pixels in denormalize(x)]
 
 
 def _to_uint8(x: Tensor) -> Tensor:

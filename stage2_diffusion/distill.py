@@ -138,6 +138,10 @@ class StudentStage:
     @torch.no_grad()
     def preview(self) -> Image.Image:
         """Samples of the averaged student in its few steps."""
+        return sample_sheet(self.pipeline(), self.condition, len(self.held_out), self.settings.precision)
+
+    def pipeline(self) -> LatentDiffusionPipeline:
+        """The averaged student as a model of its own."""
         pipe = LatentDiffusionPipeline(
             self.run.vae(),
             self.ema.model,
@@ -150,7 +154,7 @@ class StudentStage:
             default_guidance=1.0,
         )
         pipe.set_progress_bar_config(disable=True)
-        return sample_sheet(pipe, self.condition, len(self.held_out), self.settings.precision)
+        return pipe
 
     def export(self, folder: Path) -> None:
         """Write the averaged student and its scheduler."""
@@ -193,13 +197,15 @@ def main(settings: DistillSettings) -> None:
     """`calotype distill`: the student, then the decoder; what is finished is left alone."""
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.folder)
     run = FinishedRun(settings, accelerator.device)
+    end = accelerator.end_training
+    accelerator.end_training = accelerator.wait_for_everyone  # it parts the processes, who have the decoder to train
     student = StudentStage(settings.of_student(), run, accelerator)
     loop.fit(student, student.settings, accelerator)
+    accelerator.end_training = end
     decoder = DecoderStage(settings.of_decoder(), run, accelerator)
     loop.fit(decoder, decoder.settings, accelerator)
     if accelerator.is_main_process:
         _publish(settings, student, decoder)
-    accelerator.wait_for_everyone()
 
 
 def _publish(settings: DistillSettings, student: StudentStage, decoder: DecoderStage) -> None:

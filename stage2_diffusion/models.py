@@ -75,7 +75,7 @@ def _config(settings: DiffusionSettings, inputs: Inputs) -> dict:
 
 
 def _text_unet(settings: DiffusionSettings, inputs: Inputs) -> UNet2DConditionModel:
-    """Cross-attention below the first level, where a place counts most of a picture, and in the middle."""
+    """Cross-attention below the first level and in the middle; the whole caption, pooled, speaks to every layer too."""
     common = _common(settings, inputs)
     widths = common["block_out_channels"]
     attention = [level > 0 for level in range(len(widths))]
@@ -85,6 +85,8 @@ def _text_unet(settings: DiffusionSettings, inputs: Inputs) -> UNet2DConditionMo
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         attention_head_dim=tuple(max(1, width // _HEAD) for width in widths),  # a number of heads, despite its name
         cross_attention_dim=inputs.text_width,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=math.gcd(4, inputs.text_width),
     )
 
 

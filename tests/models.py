@@ -57,6 +57,8 @@ def text_unet(seed=1):
         layers_per_block=1,
         cross_attention_dim=16,
         attention_head_dim=4,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 

@@ -273,8 +273,9 @@ def test_page_without_labels(studio):
 
 
 def test_a_text_model_is_asked_with_a_prompt(studio):
-    from calotype.demo import page
     from models import pipeline, text_parts, text_unet
+
+    from calotype.demo import page
 
     text_studio = type(studio)(pipeline(text_unet(), **text_parts()))
     shown = {getattr(block, "label", "") for block in page.build(text_studio, "text").blocks.values()}

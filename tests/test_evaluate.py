@@ -13,7 +13,7 @@ from calotype import cli
 from calotype.data import Pictures
 from calotype.images import normalize, to_pil
 from calotype.pipeline import measured
-from calotype.randomness import normal
+from calotype.randomness import normal, uniform
 from calotype.sheet import read_sheet
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
@@ -199,20 +199,29 @@ def test_wrong_flags_get_one_line(run, tmp_path, capsys):
 
 
 def stub(condition, labels=()):
-    return SimpleNamespace(condition=condition, labels=list(labels))
+    takes_image = condition not in ("none", "class", "text")
+    return SimpleNamespace(condition=condition, labels=list(labels), takes_image=takes_image)
 
 
 def test_samples_are_told_what_the_pictures_show(run):
     sheet = read_sheet(run / "data.json")
     splits = {name: Pictures(sheet, name) for name in ("train", "val")}
     told, labels = measured._told(stub("class", sheet.class_names), splits, 4000, 0)
-    assert told == [sheet.class_names[i] for i in labels]
+    assert told["label"] == [sheet.class_names[i] for i in labels]
     shares = torch.bincount(labels, minlength=len(sheet.classes)) / 4000
     expected = torch.bincount(splits["train"].labels, minlength=len(sheet.classes)) / len(splits["train"])
     assert (shares - expected).abs().max() < 4 * 0.5 / 4000**0.5
-    assert measured._told(stub("none"), splits, 5, 0) == (None, None)
+    assert measured._told(stub("none"), splits, 5, 0) == ({}, None)
     splits["val"].records = [record._replace(text=f"picture {i}") for i, record in enumerate(splits["val"].records)]
-    prompts, labels = measured._told(stub("text"), splits, 30, 0)
+    told, labels = measured._told(stub("text"), splits, 30, 0)
+    prompts = told["label"]
     assert len(set(prompts)) > 5 and labels.tolist() == [splits["val"].labels[int(p.split()[1])] for p in prompts]
-    with pytest.raises(ValueError, match=r"draws from pictures \(edges\).*--samples DIR"):
-        measured._told(stub("edges"), splits, 5, 0)
+    for condition, names in (("edges", {"image"}), ("inpaint", {"image", "mask"}), ("superres:2", {"image"})):
+        told, labels = measured._told(stub(condition), splits, 5, 0)
+        side = sheet.image_size[0] // (2 if condition == "superres:2" else 1)
+        assert told.keys() == names and [picture.size for picture in told["image"]] == [(side, side)] * 5
+        assert labels.tolist() == [splits["val"].labels[i] for i in _items(5, len(splits["val"]))]
+
+
+def _items(n, size):
+    return (uniform(0, "evaluation/told", 0, n) * size).long().tolist()
