@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -55,6 +56,8 @@ def load(model: Path) -> LatentDiffusionPipeline:
     for name in _NETWORKS:
         if getattr(pipe, name) is not None:
             device.choose_attention(getattr(pipe, name))
+    if pipe.tiny_decoder is not None:
+        pipe.tiny_decoder.to(memory_format=torch.channels_last)  # a third less time on a CPU
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device.device())
 

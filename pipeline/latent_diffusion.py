@@ -281,8 +281,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         for network in (vae, unet, text_encoder, guide, student, tiny_decoder):
             if network is not None:
                 network.eval()
-        if tiny_decoder is not None:
-            tiny_decoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     @property
     def labels(self) -> list[str]:
