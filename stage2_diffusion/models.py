@@ -57,7 +57,6 @@ def _common(settings: DiffusionSettings, inputs: Inputs) -> dict:
         out_channels=inputs.shape[0],
         block_out_channels=tuple(settings.width * m for m in _MULTIPLIERS[: _depth(settings, inputs.shape)]),
         layers_per_block=settings.layers,
-        resnet_time_scale_shift="scale_shift",  # time and class scale each layer's activations (Dhariwal & Nichol 2021)
         norm_num_groups=next(groups for groups in (32, 16, 8, 4, 2, 1) if settings.width % groups == 0),
     )
 
@@ -70,12 +69,16 @@ def _config(settings: DiffusionSettings, inputs: Inputs) -> dict:
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         attention_head_dim=min(64, settings.width),
         add_attention=settings.attention,
+        resnet_time_scale_shift="scale_shift",  # time and class scale each layer's activations (Dhariwal & Nichol 2021)
         num_class_embeds=inputs.classes + 1 if inputs.classes else None,
     )
 
 
 def _text_unet(settings: DiffusionSettings, inputs: Inputs) -> UNet2DConditionModel:
-    """Cross-attention below the first level and in the middle; the whole caption, pooled, speaks to every layer too."""
+    """Cross-attention below the first level and in the middle; the whole caption, pooled, speaks to every layer too.
+
+    It is added to the layers, not a factor of them as in the other UNet: with factors it never learnt where things are.
+    """
     common = _common(settings, inputs)
     widths = common["block_out_channels"]
     attention = [level > 0 for level in range(len(widths))]

@@ -260,4 +260,4 @@ def test_a_new_unet_says_nothing_yet(text_width):
     )
     text = {"encoder_hidden_states": torch.randn(3, 5, 32)} if text_width else {}
     assert (unet(torch.randn(3, 2, 4, 4), torch.tensor([1, 500, 999]), **text).sample == 0).all()
-    assert unet.config.resnet_time_scale_shift == "scale_shift"
+    assert unet.config.resnet_time_scale_shift == ("default" if text_width else "scale_shift")
