@@ -1,7 +1,7 @@
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -24,10 +24,11 @@ print(*sorted(set({heavy}) & set(sys.modules)), file=sys.stderr)
 def test_help_is_quick_and_imports_nothing_heavy(argv):
     seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        began = os.times()
         code = PROBE.format(argv=argv, heavy=HEAVY)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.monotonic() - began)
+        ended = os.times()  # of the child, and not by the clock: other tests share the cores
+        seconds.append(ended.children_user - began.children_user + ended.children_system - began.children_system)
         assert done.returncode == 0 and done.stderr.strip() == ""
     assert argv[0] in done.stdout or "usage" in done.stdout
     assert min(seconds) < 0.5, seconds
