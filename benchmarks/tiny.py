@@ -18,7 +18,8 @@ CONDITIONS = {  # flags of stage 2
     "inpaint": ["--condition", "inpaint"],
     "superres": ["--condition", "superres:2"],
     "edges": ["--condition", "edges"],
-    "options": "--weighting uncertainty --optimizer muon --density mode --gradient-checkpointing".split(),
+    "options": "--weighting uncertainty --density mode --gradient-checkpointing".split(),
+    "muon": ["--optimizer", "muon"],  # whose bf16 makes more of a rounding error: not for two processes
 }
 
 

@@ -204,7 +204,7 @@ def test_a_condition_that_does_not_exist_is_named(captioned, tmp_path, capsys, c
     assert f"--condition {condition}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("condition", [name for name in CONDITIONS if name not in ("class", "options")])
+@pytest.mark.parametrize("condition", [name for name in CONDITIONS if name not in ("class", "options", "muon")])
 def test_every_condition_trains_exports_and_draws(captioned, tmp_path, condition):
     out = tmp_path / "run"
     assert train(captioned, out / "stage2_diffusion", *CONDITIONS[condition]) == 0

@@ -81,7 +81,7 @@ def test_codes_are_the_posterior_means_of_stock_diffusers(finished, pictures, tm
     with torch.no_grad():
         mean = vae.encode(stored_pictures(pictures, found["file"])).latent_dist.mean
     assert found["code"].dtype == np.float32 and tuple(found["shape"]) == mean.shape[1:]
-    np.testing.assert_allclose(found["code"], mean.flatten(1), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found["code"], mean.flatten(1), atol=1e-4, rtol=0)
 
     records = read_sheet(finished / "data.json").records
     expected = {record.file: "val" if record.val else "train" for record in records}
@@ -195,7 +195,7 @@ def test_a_small_picture_becomes_one_code_and_needs_no_labels(grey, tmp_path, ca
     vae = AutoencoderKL.from_pretrained(grey / "vae").eval()
     with torch.no_grad():
         mean = vae.encode(torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")).latent_dist.mean
-    np.testing.assert_allclose(found["code"], mean.flatten(1), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found["code"], mean.flatten(1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["embed", "tokens"])

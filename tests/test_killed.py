@@ -10,6 +10,6 @@ def test_stage_1_killed_and_repeated_ends_with_the_same_bits(tmp_path, run_bench
     run_benchmark("kill_resume", "--kills", 2, "--out", tmp_path, "--member", member, "--stages", "stage1")
 
 
-@pytest.mark.parametrize("condition", ["class", "text", "inpaint", "options"])  # the rest is as inpaint
+@pytest.mark.parametrize("condition", ["class", "text", "inpaint", "options", "muon"])  # the rest is as inpaint
 def test_stage_2_killed_and_repeated_ends_with_the_same_bits(tmp_path, run_benchmark, condition):
     run_benchmark("kill_resume", "--kills", 2, "--out", tmp_path, "--condition", condition, "--stages", "stage2")
