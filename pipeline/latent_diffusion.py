@@ -104,7 +104,7 @@ def guide(strong: Tensor, weak: Tensor, scale: float, rescale: float = 0.0) -> T
     Rescaling is Lin et al. 2023 (eq. 15 and 16), which works on the output of the network as it is: v, eps or x0.
     """
     guided = weak + scale * (strong - weak)
-    ratio = strong.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+    ratio = strong.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True).clamp_min(1e-12)
     return guided * (rescale * ratio + 1 - rescale)
 
 

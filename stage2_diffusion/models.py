@@ -16,7 +16,6 @@ from calotype.stage2_diffusion.config import DiffusionSettings
 UNet = UNet2DModel | UNet2DConditionModel
 
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width
-_NEARLY_NOTHING = 1e-3
 _HEAD = 32  # channels of a head of cross-attention
 
 
@@ -44,14 +43,11 @@ def build(settings: DiffusionSettings, inputs: Inputs) -> UNet:
 
 
 def _begin_with_nothing(unet: UNet) -> None:
-    """Each residual block begins as the identity, the whole near 0 (Ho et al. 2020; Dhariwal & Nichol 2021)."""
-    for block in unet.modules():
-        if isinstance(block, ResnetBlock2D):
-            torch.nn.init.zeros_(block.conv2.weight)
-            torch.nn.init.zeros_(block.conv2.bias)
-    with torch.no_grad():  # not 0 itself, of which multistep samplers make 0 / 0
-        unet.conv_out.weight.mul_(_NEARLY_NOTHING)
-        unet.conv_out.bias.zero_()
+    """Each residual block begins as the identity and the whole as 0 (Ho et al. 2020; Dhariwal & Nichol 2021)."""
+    last = [block.conv2 for block in unet.modules() if isinstance(block, ResnetBlock2D)]
+    for layer in (*last, unet.conv_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
 
 
 def _common(settings: DiffusionSettings, inputs: Inputs) -> dict:
