@@ -44,10 +44,11 @@ class Reconstruction(NamedTuple):
 
 
 class Studio:
-    """A LatentDiffusionPipeline that serves one visitor at a time."""
+    """A LatentDiffusionPipeline that serves one visitor at a time; `explorer` is what the tab Explore shows."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe, explorer=None):
         self.pipe = pipe
+        self.explorer = explorer
         self._lock = threading.Lock()
 
     def request(self, label, num_images, seed, steps, guidance) -> Request:

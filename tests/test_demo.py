@@ -168,9 +168,9 @@ def test_numbers_out_of_range_and_strange_labels(server):
 
 
 def test_previews_arrive_and_cancelling_frees_the_model(server, monkeypatch):
-    from calotype.demo import page
+    from calotype.demo import generate as tab
 
-    monkeypatch.setattr(page, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(tab, "PREVIEW_SECONDS", 0.0)
     before = files_of(server)
     job = server.client.submit(**ORDER | {"steps": 200}, api_name="/generate")
     starting, first = itertools.islice(job, 2)
@@ -240,7 +240,7 @@ def test_any_label_follows_the_seed(studio):
 
 
 def test_closing_stops_the_sampler_and_opens_the_lock(studio):
-    from calotype.demo import page
+    from calotype.demo import generate as tab
 
     seen = []
     real = studio.pipe.stream
@@ -250,7 +250,7 @@ def test_closing_stops_the_sampler_and_opens_the_lock(studio):
     assert studio._lock.locked()
     events.close()
     assert seen == [1] and not studio._lock.locked()
-    *_, last = page.developing(studio, "disc", 1, 0, False, 2, 1)
+    *_, last = tab.developing(studio, "disc", 1, 0, False, 2, 1)
     assert last[2].startswith("Seed 0 · 2 steps")
     studio.pipe.stream = real
 
