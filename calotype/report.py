@@ -15,7 +15,8 @@ from PIL import Image
 from calotype import curves
 from calotype.errors import UserError
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+HERE = Path(__file__).parent
+TEMPLATE = HERE / "report.html.jinja"
 FRAMES = 6  # sheets on the film strip
 CLASSES_SHOWN = 16
 BAD_SHOWN = 50
@@ -83,16 +84,23 @@ def write_report(run: Path) -> Path:
 
 def render(run: Path) -> str:
     """The whole page as text."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    return environment().get_template(TEMPLATE.name).render(**contents(run))
+
+
+def environment() -> jinja2.Environment:
+    """The templates beside this file, with the words and numbers that they use."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {
         "number": number,
         "duration": duration,
         "path": curves.path,
         "key": split_key,
         "named": named,
     }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(**contents(run), canvas=curves)
+    made.globals["canvas"] = curves
+    return made
 
 
 def contents(run: Path) -> dict:
