@@ -29,7 +29,7 @@ from calotype.data import Pictures, evenly_spaced
 from calotype.images import image_grid, normalize, to_uint8
 from calotype.metrics import frechet_distance, moments, psnr
 from calotype.pipeline.generate import load
-from calotype.pipeline.latent_diffusion import degrade, shrink
+from calotype.pipeline.pictures import degrade, shrink
 from calotype.randomness import numpy_generator
 from calotype.shapes import FULL, PLAIN, Factors, Variation, draw_factors, render
 from calotype.sheet import read_sheet

@@ -29,7 +29,8 @@ from calotype.features import FeatureNetwork
 from calotype.metrics import Moments, frechet_distance, kernel_distance
 from calotype.own_features import own
 from calotype.pipeline.generate import load
-from calotype.pipeline.latent_diffusion import SAMPLERS, LatentDiffusionPipeline, make_scheduler
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.samplers import SAMPLERS, make_scheduler
 from calotype.sheet import read_sheet
 
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from calotype.data import Pictures
 from calotype.images import denormalize, normalize, to_pil
-from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline, degrade, shrink
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.pictures import degrade, shrink
 
 
 def given(pipe: LatentDiffusionPipeline, pictures: Pictures, items: list[int]) -> tuple[dict[str, list], Tensor]:

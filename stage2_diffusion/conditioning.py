@@ -13,7 +13,7 @@ from calotype.data import Batch, Pictures
 from calotype.errors import UserError
 from calotype.images import normalize
 from calotype.latents import LatentCache, mirrored
-from calotype.pipeline.latent_diffusion import degrade, given_latents, shrink
+from calotype.pipeline.pictures import degrade, given_latents, shrink
 from calotype.randomness import uniform
 from calotype.sheet import Sheet
 from calotype.stage2_diffusion import text

@@ -15,7 +15,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor, nn
 
-from calotype.pipeline.latent_diffusion import make_scheduler
+from calotype.pipeline.samplers import make_scheduler
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.denoiser import Prediction
 

@@ -10,7 +10,8 @@ from diffusers import (
     VQModel,
 )
 
-from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline, make_scheduler
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.samplers import make_scheduler
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 CAPTIONS = ["a red star on a table", "a blue disc", "two green squares in the rain", "a tall yellow house by the sea"]

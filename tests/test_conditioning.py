@@ -13,7 +13,7 @@ from calotype.data import Batch
 from calotype.device import accelerator
 from calotype.images import normalize
 from calotype.latents import mirrored
-from calotype.pipeline.latent_diffusion import degrade, encode
+from calotype.pipeline.pictures import degrade, encode
 from calotype.stage2_diffusion import text
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.masks import random_masks

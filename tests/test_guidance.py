@@ -8,7 +8,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from models import FLOW, pipeline, tiny_unet, tiny_vae
 from torch.testing import assert_close
 
-from calotype.pipeline.latent_diffusion import Conditions, LatentDiffusionPipeline, Order, guide, make_scheduler
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.order import Order
+from calotype.pipeline.prediction import Conditions, guide
+from calotype.pipeline.samplers import make_scheduler
 
 MEANS, STD = (0.2, 0.8, 0.5), 0.3  # of two classes, and without a class
 CHAIN = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

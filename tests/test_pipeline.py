@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from calotype import cli
 from calotype.pipeline import LatentDiffusionPipeline
-from calotype.pipeline.latent_diffusion import Conditions, Order
+from calotype.pipeline.order import Order
+from calotype.pipeline.prediction import Conditions
 
 STRANGER = """
 import sys

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from benchmarks.samplers import TRAINED, Mixture, moments, walk
 from calotype.metrics import frechet_distance
-from calotype.pipeline.latent_diffusion import SAMPLERS, make_scheduler
+from calotype.pipeline.samplers import SAMPLERS, make_scheduler
 
 MEAN, STD = 0.5, 0.3
 # Steps at which a method of first order is where one of second order is much earlier, on the grids of the names.

@@ -13,7 +13,8 @@ from models import CAPTIONS, pipeline, text_parts, text_unet, tiny_unet, tiny_va
 from PIL import Image
 from torch.testing import assert_close
 
-from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline, degrade, edges_of, given_latents, shrink
+from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.pictures import degrade, edges_of, given_latents, shrink
 
 STRANGER = """
 import sys
@@ -194,7 +195,9 @@ def test_what_is_given_in_place_of_a_picture():
         ("inpaint", {}, "image: this model's condition is 'inpaint'; give a picture of 16x16"),
         ("inpaint", {"image": photograph()}, "mask: this model's condition is 'inpaint'"),
         ("edges", {"image": photograph(), "mask": hole()}, "mask: .*; leave it out"),
-        ("none", {"image": photograph()}, "image: .*'none'; leave it out"),
+        ("none", {"mask": hole()}, "mask says where a picture becomes new; give image too"),
+        ("none", {"strength": 0.5}, "strength=0.5 is about changing a picture; give image too"),
+        ("edges", {"image": photograph(), "strength": 0.5}, "strength=0.5: this model draws beside its picture"),
         ("superres", {"image": photograph()}, "image: 16x16 pixels; resize to 4x4"),
         ("edges", {"image": [photograph()] * 2, "num_images": 3}, "image holds 2 pictures for num_images=3"),
         ("fast", {"fast": True, "guidance_scale": 2.0}, "guidance_scale=2.0 does not go with fast=True"),
