@@ -200,7 +200,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.check_inputs(label, num_images, order)
         order = self._with_defaults(order)
         known = self._known(order, num_images)
-        told = self._conditions(label, num_images, known)
+        told = self.conditions(label, num_images, known)
         scheduler = self._scheduler(order)
         noise, generators = self._noise(order, num_images)
         start = self._start(order, scheduler, known, noise)
@@ -290,8 +290,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         mask = None if order.mask is None else self._pictures("mask", order.mask, num_images, size, "L")
         return Known(x, None if mask is None else (mask >= 0).float())
 
-    def _conditions(self, label: Labels, num_images: int, known: Known) -> Told:
-        beside = given_latents(self.vae, self.condition, *known) if self.takes_image else None
+    def conditions(self, label: Labels, num_images: int, known: Known | None = None) -> Told:
+        """What the network is told of so many pictures, and the same without label or prompt if that is different."""
+        beside = given_latents(self.vae, self.condition, *known) if known and self.takes_image else None
         wanted = label if isinstance(label, list) else [label] * num_images
         if self.condition == "text":
             asked = Conditions(text=self.encode_prompts(wanted), given=beside)
@@ -406,6 +407,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     # After them
 
+    @torch.no_grad()
     def decode_latents(self, z: Tensor, output_type: str, decoder: str = "full", keep: Known | None = None) -> Any:
         """Pictures of latents (B, c, h, w); raises ValueError rather than return a black one.
 

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 SAMPLERS = ("ddim", "dpm++2m", "unipc", "heun", "euler")
-_TIMES = 1000
+TIMES = 1000
 _LAST_SIGMA = 50.0  # of a chain that ends in pure noise: above it a solver would only waste its steps
 
 
@@ -78,7 +78,7 @@ def clean(scheduler: SchedulerMixin, result: Any, z: Tensor, t: Tensor, predicti
     clean = [x for x in (*getattr(scheduler, "model_outputs", []), *said) if x is not None]
     if clean:
         return clean[-1]
-    return z - t / _TIMES * prediction if is_flow(scheduler.config) else result.prev_sample
+    return z - t / TIMES * prediction if is_flow(scheduler.config) else result.prev_sample
 
 
 def begin_at(scheduler: SchedulerMixin, strength: float) -> int:
@@ -87,7 +87,7 @@ def begin_at(scheduler: SchedulerMixin, strength: float) -> int:
     A step of a two-stage solver is two evaluations, and only the first of them can be a beginning.
     """
     times, stride = scheduler.timesteps, getattr(scheduler, "order", 1)
-    begin = next((i for i in range(0, len(times), stride) if float(times[i]) <= _TIMES * strength), len(times))
+    begin = next((i for i in range(0, len(times), stride) if float(times[i]) <= TIMES * strength), len(times))
     scheduler.set_begin_index(begin)
     return begin
 
