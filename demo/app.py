@@ -28,31 +28,32 @@ QUEUE = {"max_size": 16, "api_open": False}
 
 def main(settings) -> None:
     """Serve the demo until Ctrl-C."""
-    from calotype.pipeline.generate import find
-
-    folder = find(settings.model)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder goes in any case
     with tempfile.TemporaryDirectory(prefix="calotype-demo-") as temporary:
-        app = build(folder, temporary)
+        app = build(settings.model, temporary)
         url = serve(app, settings.host, settings.port, inbrowser=settings.open_browser)
-        print(f"The demo of {folder} is at {url} (Ctrl-C ends it).", flush=True)
+        print(f"The demo of {settings.model} is at {url} (Ctrl-C ends it).", flush=True)
         app.block_thread()
 
 
-def build(folder: Path, temporary: str):
-    """The Gradio page for a model folder; the environment is set before Gradio reads it on import."""
+def build(model: Path, temporary: str):
+    """The Gradio page for a model folder or a run; the environment is set before Gradio reads it on import."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
     from calotype.demo import page
-    from calotype.demo.studio import Studio
-    from calotype.pipeline.generate import load
+    from calotype.demo.run_folder import find_run
 
-    pipe = load(folder)
-    if pipe.takes_image:
-        raise UserError(
-            f"MODEL {folder} draws from given pictures ({pipe.condition}), which the page cannot take yet; "
-            "use `calotype generate --image`."
-        )
-    return page.build(Studio(pipe), title_of(folder)).queue(**QUEUE)
+    run = find_run(model)
+    still_trains = run is not None and not (run.folder / "pipeline" / "model_index.json").is_file()
+    studio = None if still_trains else open_studio(model)
+    return page.build(studio, title_of(model), run).queue(**QUEUE)
+
+
+def open_studio(model: Path):
+    """The model of a folder or run, ready to serve."""
+    from calotype.demo.studio import Studio
+    from calotype.pipeline.generate import find, load
+
+    return Studio(load(model), folder=find(model))
 
 
 def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:

@@ -1,105 +1,153 @@
 """The tab Generate: from noise to pictures, with everything on the way in sight."""
 
-import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 import gradio as gr
-from PIL import Image
 
-from calotype.demo.parts import MODEL, PRINT, PRIVATE, crisp, data_uri, for_visitors
-from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Request, Studio
+from calotype.demo import parts
+from calotype.demo.grid import grid_controls, gridding
+from calotype.demo.parts import ANY, MODEL, PRINT, PRIVATE, crisp, for_visitors
+from calotype.demo.prints import file_prints, read_facts
+from calotype.demo.studio import MOST_GUIDANCE, MOST_SEED, MOST_STEPS, Request, Studio
+from calotype.demo.uploads import upload_field
+from calotype.pipeline.samplers import SAMPLERS
 
-ANY = ""  # the value behind "any"; no label is empty
-PREVIEW_SECONDS = 0.12
-EMPTY = '<div class="tray empty"><p>Press Generate and watch the pictures develop.</p></div>'
+WAITING = "Press Generate and watch the pictures develop."
+RESTORE = "Drop a picture made here to restore its settings"
+
+
+class Controls(NamedTuple):
+    """What a visitor can set, in the order that `developing` takes it."""
+
+    label: gr.components.FormComponent
+    count: gr.Slider
+    seed: gr.Number
+    roll: gr.Radio
+    steps: gr.Slider
+    guidance: gr.Slider
+    sampler: gr.Dropdown
+    low: gr.Slider
+    high: gr.Slider
+    rescale: gr.Slider
+    fast: gr.Checkbox
 
 
 def generate_tab(studio: Studio) -> None:
-    """From noise to pictures, with everything on the way in sight."""
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            orders, generate, stop = controls(studio)
-            status = gr.Markdown()
-        with gr.Column(scale=3, min_width=340):
-            tray = gr.HTML(EMPTY, elem_classes=crisp(studio))
-            gallery = gr.Gallery(visible=False, show_label=False, elem_classes=["print", crisp(studio)], **PRINT)
-    running = generate.click(
-        partial(developing, studio),
-        orders,
-        [tray, gallery, status, orders[2], stop],
-        api_name="generate",
-        show_progress="hidden",
-        **MODEL,
-    )
-    stop.click(lambda: ("Stopped.", gr.update(interactive=False)), None, [status, stop], cancels=[running], **PRIVATE)
+    """From noise to pictures, singly or in a grid; a picture made here brings its settings back."""
+    with gr.Row(elem_classes="bench"):
+        with gr.Column(scale=2, min_width=320):
+            controls, generate, stop = all_controls(studio)
+            grid, draw_grid = grid_controls(studio)
+            dropped = upload_field(RESTORE, height=120)
+        with gr.Column(scale=3, min_width=360):
+            tray = gr.HTML(parts.empty(WAITING), elem_classes=crisp(studio))
+            looks = PRINT | {"show_label": False, "elem_classes": ["print", crisp(studio)]}
+            gallery = gr.Gallery(visible=False, label="Finished pictures", **looks)
+            status = gr.Markdown(elem_classes="status")
+    shown = [tray, gallery, status, controls.seed, stop]
+    drawing = generate.click(partial(developing, studio), list(controls), shown, api_name="generate", **MODEL)
+    gridded = draw_grid.click(partial(gridding, studio), [*grid, *controls], shown, api_name="grid", **MODEL)
+    parts.wire_stop(stop, status, [drawing, gridded])
+    controls.fast.input(partial(switched, studio), controls.fast, list(controls[4:7]), **PRIVATE)
+    restoring = partial(restore, studio)
+    dropped.upload(restoring, dropped, [*controls, status], api_name="restore", show_progress="hidden")
 
 
-def controls(studio: Studio) -> tuple[list, gr.Button, gr.Button]:
-    """What a visitor can set, in the order that `developing` takes it, and the two buttons."""
-    pipe = studio.pipe
-    label = prompt_or_label(pipe)
-    count = gr.Slider(1, MOST_IMAGES, value=min(9, MOST_IMAGES), step=1, label="Images")
+def all_controls(studio: Studio) -> tuple[Controls, gr.Button, gr.Button]:
+    """The controls and the two buttons."""
     with gr.Group():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
-        roll = gr.Radio([("⚄ new each time", True), ("↺ reuse this one", False)], value=True, show_label=False)
-    steps = gr.Slider(1, MOST_STEPS, value=min(pipe.default_steps, MOST_STEPS), step=1, label="Steps")
-    guidance = gr.Slider(0, MOST_GUIDANCE, value=pipe.default_guidance, step=0.1, label="Guidance",
-                         visible=pipe.condition in ("class", "text"))  # fmt: skip
-    with gr.Row():
-        generate = gr.Button("Generate", variant="primary", scale=2)
-        stop = gr.Button("Stop", interactive=False, scale=1)
-    return [label, count, seed, roll, steps, guidance], generate, stop
+        label = parts.prompt_or_label(studio.pipe)
+        with gr.Row():
+            seed, roll = parts.seed_controls()
+        count = parts.images_slider(9)
+        with gr.Row():
+            steps, guidance = parts.steps_and_guidance(studio)
+        fast = gr.Checkbox(False, label="Fast: the student's few steps", visible=studio.has_student)
+    generate, stop = parts.two_buttons("Generate")
+    with gr.Accordion("Advanced", open=False):
+        own = studio.pipe.config.sampler or "saved"
+        sampler = gr.Dropdown([(f"the model's own ({own})", ANY), *SAMPLERS], value=ANY, label="Sampler")
+        interval = {"minimum": 0, "maximum": 1, "step": 0.01, "visible": studio.is_guided, "buttons": []}
+        low = gr.Slider(value=0, label="Guidance from time (0 is the picture)", **interval)
+        high = gr.Slider(value=1, label="Guidance to time (1 is noise)", **interval)
+        rescale = gr.Slider(value=0, label="Guidance rescale", **interval)
+    controls = Controls(label, count, seed, roll, steps, guidance, sampler, low, high, rescale, fast)
+    return controls, generate, stop
 
 
-def prompt_or_label(pipe) -> gr.components.FormComponent:
-    """Where a visitor says what to draw."""
-    if pipe.condition == "text":
-        return gr.Textbox("", label="Prompt", placeholder="what to draw", max_length=MOST_PROMPT)
-    choices = [("any", ANY), *((label, label) for label in pipe.labels)]
-    return gr.Dropdown(choices, value=ANY, label="Label", filterable=True, visible=bool(pipe.labels))
-
-
-def developing(studio: Studio, label, count, seed, roll, steps, guidance) -> Iterator[tuple]:
+def developing(
+    studio: Studio, label, count, seed, roll, steps, guidance, sampler=ANY, low=0, high=1, rescale=0, fast=False
+) -> Iterator[tuple]:
     """Previews while the sampler runs, then the gallery; being closed stops the sampler at the step it is in."""
     with for_visitors():
-        request = studio.request(label, count, None if roll else seed, steps, guidance)
-        began = shown = time.monotonic()
-        hidden, can_stop = gr.update(visible=False), gr.update(interactive=True)
-        yield gr.skip(), gr.skip(), "Starting …", request.seed, can_stop
-        for event in studio.develop(request):
-            now = time.monotonic()
-            if event.step < event.steps and now - shown > PREVIEW_SECONDS:
-                shown = now
-                yield (
-                    gr.update(value=tray_of(event), visible=True),
-                    hidden,
-                    f"Step {event.step} of {event.steps}",
-                    request.seed,
-                    can_stop,
-                )
-        note = f"Seed {request.seed} · {event.steps} steps · {now - began:.1f} s"
-        yield (
-            gr.update(visible=False),
-            gr.update(value=titled(request, event.images), columns=_columns(event), visible=True),
-            note,
-            request.seed,
-            gr.update(interactive=False),
+        request = studio.request(
+            label, count, None if roll else seed, steps, guidance, sampler, low, high, rescale, fast
         )
+        began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
+        yield gr.skip(), gr.skip(), "Starting …", request.seed, can_stop
+        with closing(studio.develop(request)) as events:
+            for event in parts.paced(events):
+                if event.step < event.steps:
+                    preview = gr.update(value=parts.tray(event.images, event.step / event.steps), visible=True)
+                    yield preview, hidden, f"Step {event.step} of {event.steps}", request.seed, can_stop
+        finished = gr.update(
+            value=titled(studio, request, event.images), columns=parts.columns_for(len(event.images)), visible=True
+        )
+        note = f"Seed {request.seed} · {event.steps} steps · {time.monotonic() - began:.1f} s"
+        yield hidden, finished, note, request.seed, gr.update(interactive=False)
 
 
-def titled(request: Request, images: list[Image.Image]) -> list:
-    """Finished pictures; with their labels where those differ."""
-    return list(zip(images, request.label)) if isinstance(request.label, list) else images
+def titled(studio: Studio, request: Request, images: list) -> list[tuple[str, str]]:
+    """Finished pictures as files that carry their settings; with their labels where those differ."""
+    facts = [studio.facts(request.alone(i)) for i in range(len(images))]
+    captions = request.label if isinstance(request.label, list) else [None] * len(images)
+    return list(zip(file_prints(images, facts), captions, strict=True))
 
 
-def tray_of(event) -> str:
-    """The pictures of one step as HTML, so that previews leave no files behind."""
-    pictures = "".join(f'<img alt="" decoding="sync" src="{data_uri(image)}">' for image in event.images)
-    bar = f'<div class="bar"><i style="width: {100 * event.step / event.steps:.0f}%"></i></div>'
-    return f'<div class="tray" style="--columns: {_columns(event)}">{bar}{pictures}</div>'
+def switched(studio: Studio, fast: bool) -> tuple:
+    """Steps, guidance and sampler as the student has them, or back as the model has them."""
+    steps = studio.pipe.config.student_steps if fast else studio.pipe.default_steps
+    return steps, gr.update(interactive=not fast), gr.update(interactive=not fast)
 
 
-def _columns(event) -> int:
-    return min(4, math.ceil(math.sqrt(len(event.images))))
+def restore(studio: Studio, file) -> list:
+    """The controls as they were when a picture was drawn, and a word on it."""
+    with for_visitors():
+        facts = read_facts(file)
+    label = facts.get("label", ANY)
+    known = studio.pipe.condition == "text" or label in studio.pipe.labels
+    low, _, high = facts.get("guidance-interval", "0 1").partition(" ")
+    sampler = facts.get("sampler", ANY)
+    values = Controls(
+        label=label if known else ANY,
+        count=1,
+        seed=int(number(facts.get("seed"), 0, MOST_SEED, 0)),
+        roll=False,
+        steps=int(number(facts.get("steps"), 1, MOST_STEPS, studio.pipe.default_steps)),
+        guidance=number(facts.get("guidance"), 0, MOST_GUIDANCE, studio.pipe.default_guidance),
+        sampler=sampler if sampler in SAMPLERS else ANY,
+        low=number(low, 0, 1, 0),
+        high=number(high, 0, 1, 1),
+        rescale=number(facts.get("guidance-rescale"), 0, 1, 0),
+        fast=studio.has_student and facts.get("fast") == "yes",
+    )
+    return [*values, welcome(studio, facts)]
+
+
+def welcome(studio: Studio, facts: dict[str, str]) -> str:
+    """What to do with restored settings, and whether they can give the same picture."""
+    if studio.model and facts.get("model") != studio.model:
+        return "Settings restored; **another model** drew that picture, so this one will draw its own."
+    return "Settings restored: press Generate to draw the picture again."
+
+
+def number(text: str | None, low: float, high: float, otherwise: float) -> float:
+    """The number that a picture carries, moved into its range; `otherwise` where it carries none."""
+    try:
+        return min(max(float(text), low), high)
+    except (TypeError, ValueError):
+        return otherwise

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import gradio as gr
 
+from calotype import report
 from calotype.demo.generate import generate_tab
 from calotype.demo.parts import escape
 from calotype.demo.reconstruct import reconstruct_tab
+from calotype.demo.run_folder import RunFolder, run_tab
 from calotype.demo.studio import Studio
 
-CSS = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+_SHEETS = (report.TEMPLATE.with_name("stages.css"), Path(__file__).with_name("style.css"))
+CSS = "".join(sheet.read_text(encoding="utf-8") for sheet in _SHEETS)
 SANS = ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 # From the lightest shade to the darkest.
@@ -26,6 +29,12 @@ def theme() -> gr.themes.Base:
         block_background_fill="#fffdf8",
         block_background_fill_dark="*neutral_900",
         block_border_width="1px",
+        button_secondary_background_fill="*neutral_100",
+        button_secondary_background_fill_hover="*neutral_200",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_background_fill_hover_dark="*neutral_700",
+        button_secondary_text_color="*neutral_800",
+        button_secondary_text_color_dark="*neutral_100",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
@@ -42,28 +51,50 @@ def _hue(shades: str) -> gr.themes.Color:
     return gr.themes.Color(*(f"#{shade}" for shade in shades.split()))
 
 
-def build(studio: Studio, title: str) -> gr.Blocks:
-    """The page for one model, with the tabs that it can serve."""
+def build(studio: Studio | None, title: str, run: RunFolder | None = None) -> gr.Blocks:
+    """The page for a model, with the tabs that it can serve, and for the run that it comes from; either may be None."""
     with gr.Blocks(
         title=f"{title} · Calotype", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as app:
-        gr.HTML(masthead(studio, title))
-        with gr.Tab("Generate"):
-            generate_tab(studio)
-        with gr.Tab("Reconstruct"):
-            reconstruct_tab(studio)
-        if studio.explorer is not None:
-            from calotype.demo.explore import explore_tab
-
-            with gr.Tab("Explore"):
-                explore_tab(studio)
+        gr.HTML(masthead(studio, title), apply_default_css=False)
+        if studio is not None:
+            model_tabs(studio)
+        if run is not None:
+            with gr.Tab("Run"):
+                run_tab(run, app)
     return app
 
 
-def masthead(studio: Studio, title: str) -> str:
+def model_tabs(studio: Studio) -> None:
+    """A tab for each thing that the model can do."""
+    if not studio.pipe.takes_image:
+        with gr.Tab("Generate"):
+            generate_tab(studio)
+    with gr.Tab("Reconstruct"):
+        reconstruct_tab(studio)
+    if studio.explorer is not None:
+        from calotype.demo.explore import explore_tab
+
+        with gr.Tab("Explore"):
+            explore_tab(studio)
+
+
+def masthead(studio: Studio | None, title: str) -> str:
     """The title with a line on what the model makes."""
-    height, width = studio.pipe.image_size
-    colour = "grey" if studio.pipe.image_channels == 1 else "colour"
-    labels = f", {len(studio.pipe.labels)} labels" if studio.pipe.labels else ""
-    facts = f"{width}×{height} {colour} pictures{labels}"
+    facts = "A run that has no model to draw with yet" if studio is None else facts_of(studio.pipe)
     return f'<div class="masthead"><p class="kicker">Calotype</p><h1>{escape(title)}</h1><p>{facts}</p></div>'
+
+
+def facts_of(pipe) -> str:
+    """What the model makes, of what."""
+    height, width = pipe.image_size
+    colour = "grey" if pipe.image_channels == 1 else "colour"
+    kind, _, factor = pipe.condition.partition(":")
+    told = {
+        "class": f"by {len(pipe.labels)} labels",
+        "text": "by prompt",
+        "inpaint": "that fill a hole",
+        "superres": f"from others {factor} times smaller",
+        "edges": "from their edges",
+    }
+    return " ".join(filter(None, (f"{width}×{height} {colour} pictures", told.get(kind, ""))))

@@ -1,16 +1,21 @@
-"""What the tabs share: how pictures are shown, how events are queued, and how an error reaches a visitor."""
+"""What the tabs share: how pictures are shown while they develop, how events are queued, how an error is told."""
 
 import base64
 import io
+import math
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
 from PIL import Image
 
-from calotype.demo.studio import Studio
+from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Studio
 from calotype.errors import UserError
 
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
+ANY = ""  # the value behind "any"; no label is empty
+PREVIEW_SECONDS = 0.12
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
 PRINT = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}  # PNG: nothing is lost
 PRIVATE = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 
@@ -24,18 +29,115 @@ def for_visitors():
         raise gr.Error(str(error), print_exception=False) from None
 
 
+def paced(events: Iterator) -> Iterator:
+    """The events that are worth showing: one every PREVIEW_SECONDS, and always the last."""
+    shown, event = time.monotonic(), None
+    for event in events:
+        if time.monotonic() - shown > PREVIEW_SECONDS:
+            shown = time.monotonic()
+            yield event
+            event = None
+    if event is not None:
+        yield event
+
+
+# Controls
+
+
+def prompt_or_label(pipe, label: str = "Label") -> gr.components.FormComponent:
+    """Where a visitor says what to draw."""
+    if pipe.condition == "text":
+        name = label.replace("Label", "Prompt")
+        return gr.Textbox("", label=name, placeholder="what to draw", max_length=MOST_PROMPT)
+    choices = [("any", ANY), *((label, label) for label in pipe.labels)]
+    return gr.Dropdown(choices, value=ANY, label=label, filterable=True, visible=bool(pipe.labels))
+
+
+def images_slider(value: int) -> gr.Slider:
+    """How many pictures."""
+    return gr.Slider(1, MOST_IMAGES, value=value, step=1, label="Images", min_width=150, buttons=[])
+
+
+def seed_controls() -> tuple[gr.Number, gr.Radio]:
+    """The seed, and whether a new one is rolled for each drawing."""
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED, scale=2, min_width=110, buttons=[])
+    choices = [("⚄ new", True), ("↺ same", False)]
+    return seed, gr.Radio(choices, value=True, label="Seed of each drawing", scale=3, min_width=210)
+
+
+def steps_and_guidance(studio: Studio) -> tuple[gr.Slider, gr.Slider]:
+    """How long the drawing takes, and how closely it keeps to what it is told."""
+    pipe = studio.pipe
+    looks = {"min_width": 150, "buttons": []}
+    steps = gr.Slider(1, MOST_STEPS, value=min(pipe.default_steps, MOST_STEPS), step=1, label="Steps", **looks)
+    guidance = gr.Slider(0, MOST_GUIDANCE, value=pipe.default_guidance, step=0.1, label="Guidance",
+                         visible=studio.is_guided, **looks)  # fmt: skip
+    return steps, guidance
+
+
+def two_buttons(name: str) -> tuple[gr.Button, gr.Button]:
+    """The button that begins and the one that stops."""
+    with gr.Row(elem_classes="begin"):
+        begin = gr.Button(name, variant="primary", scale=2, min_width=120)
+        stop = gr.Button("Stop", interactive=False, scale=1, min_width=80)
+    return begin, stop
+
+
+def wire_stop(stop: gr.Button, status: gr.Markdown, running: list) -> None:
+    """Stop cancels what runs; however that ends, there is nothing left to stop."""
+    stop.click(lambda: ("Stopped.", gr.update(interactive=False)), None, [status, stop], cancels=running, **PRIVATE)
+    for event in running:
+        event.then(lambda: gr.update(interactive=False), None, stop, **PRIVATE)
+
+
+# Pictures as HTML: they leave no files behind
+
+
+def empty(words: str) -> str:
+    """The tray before there is anything in it."""
+    return f'<div class="tray empty"><p>{escape(words)}</p></div>'
+
+
+def tray(images: list[Image.Image | None], share: float, columns: int | None = None) -> str:
+    """Pictures on their way, with how much is done."""
+    columns = columns or columns_for(len(images))
+    pictures = "".join(map(cell, images))
+    return f'<div class="tray" style="--columns: {columns}">{bar(share)}{pictures}</div>'
+
+
+def bar(share: float) -> str:
+    """A bar that is `share` full."""
+    percent = f"{100 * share:.0f}"
+    return (
+        f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{percent}"><i style="width: {percent}%"></i></div>'
+    )
+
+
+def cell(image: Image.Image | None, alt: str = "", lossless: bool = False) -> str:
+    """A picture as HTML; an empty place for one that is still to come."""
+    if image is None:
+        return '<i class="hole"></i>'
+    return f'<img alt="{escape(alt)}" decoding="sync" src="{data_uri(image, lossless)}">'
+
+
+def columns_for(count: int) -> int:
+    """Columns of a nearly square tray."""
+    return min(4, math.ceil(math.sqrt(count)))
+
+
 def crisp(studio: Studio) -> str:
     """The CSS class of small pictures: enlarged by whole pixels."""
-    return "crisp" if max(studio.pipe.image_size) <= 128 else ""
+    return "crisp" if max(studio.pipe.image_size) <= 128 else "smooth"
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture as an address that holds it, so that it leaves no file behind."""
+def data_uri(image: Image.Image, lossless: bool = False) -> str:
+    """A picture as an address that holds it."""
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
+    image.save(buffer, "WEBP", quality=80, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def escape(text: str) -> str:
     """Text as it stands, within HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

@@ -1,19 +1,26 @@
 """What the page may ask of a model: every request is checked here, and one lock stands before the weights."""
 
-import io
+import itertools
 import math
 import secrets
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from calotype import __version__
+from calotype.checkpoint import weights_hash
+from calotype.demo.uploads import open_picture
 from calotype.errors import UserError
-from calotype.images import fit_image, load_image
+from calotype.images import fit_image
+from calotype.pipeline.samplers import SAMPLERS
 from calotype.randomness import key
 
 MOST_IMAGES = 16
@@ -21,7 +28,8 @@ MOST_STEPS = 200
 MOST_GUIDANCE = 15.0
 MOST_SEED = 2**32 - 1
 MOST_PROMPT = 400  # characters
-MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memory
+MOST_CELLS = 36  # pictures of a grid
+MOST_EVALUATIONS = 2000  # steps that a grid may take in all
 
 
 @dataclass(frozen=True)
@@ -32,36 +40,59 @@ class Request:
     num_images: int
     seed: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    sampler: str | None = None
+    fast: bool = False
+
+    def alone(self, i: int) -> "Request":
+        """The order for picture i by itself."""
+        label = self.label[i] if isinstance(self.label, list) else self.label
+        return replace(self, label=label, num_images=1, seed=self.seed + i)
 
 
-class Reconstruction(NamedTuple):
-    """A picture as the model sees it, what comes back from its latents, and how close that is in dB."""
+class Progress(NamedTuple):
+    """How far a drawing is: `done` of `total` steps, and its pictures so far, None where nothing is to be seen yet."""
 
-    original: Image.Image
-    copy: Image.Image
-    psnr: float
+    done: int
+    total: int
+    images: list[Image.Image | None]
 
 
 class Studio:
     """A LatentDiffusionPipeline that serves one visitor at a time; `explorer` is what the tab Explore shows."""
 
-    def __init__(self, pipe, explorer=None):
+    def __init__(self, pipe, explorer=None, folder: Path | None = None):
         self.pipe = pipe
         self.explorer = explorer
+        self.folder = folder
         self._lock = threading.Lock()
 
-    def request(self, label, num_images, seed, steps, guidance) -> Request:
+    # What may be asked
+
+    def request(
+        self, label, num_images, seed, steps, guidance, sampler=None, low=0, high=1, rescale=0, fast=False
+    ) -> Request:
         """What a visitor typed as a Request: numbers out of range are moved to the limit, the rest is refused."""
         self._refuse_label(label)
-        count = int(_clamp("number of images", num_images, 1, MOST_IMAGES))
-        seed = secrets.randbelow(MOST_SEED + 1) if seed is None else int(_clamp("seed", seed, 0, MOST_SEED))
+        if sampler and sampler not in SAMPLERS:
+            raise UserError(f"sampler {str(sampler)[:40]!r} is not known; choose one from the list")
+        if fast and not self.has_student:
+            raise UserError("this model has no fast student; turn Fast off")
+        count = int(clamp("number of images", num_images, 1, MOST_IMAGES))
+        seed = secrets.randbelow(MOST_SEED + 1) if seed is None else int(clamp("seed", seed, 0, MOST_SEED))
+        interval = sorted(clamp(f"guidance {end}", value, 0, 1) for end, value in (("from", low), ("to", high)))
         return Request(
             label=label or self.any_labels(count, seed),
             num_images=count,
             seed=seed,
-            num_inference_steps=int(_clamp("steps", steps, 1, MOST_STEPS)),
-            guidance_scale=_clamp("guidance", guidance, 0, MOST_GUIDANCE),
+            num_inference_steps=int(clamp("steps", steps, 1, MOST_STEPS)),
+            guidance_scale=None if fast else clamp("guidance", guidance, 0, MOST_GUIDANCE),
+            guidance_interval=tuple(interval),
+            guidance_rescale=clamp("guidance rescale", rescale, 0, 1),
+            sampler=None if fast else sampler or None,
+            fast=bool(fast),
         )
 
     def _refuse_label(self, label) -> None:
@@ -78,33 +109,116 @@ class Studio:
             return None
         return [self.pipe.labels[key(seed + i, "any label") % len(self.pipe.labels)] for i in range(count)]
 
-    def develop(self, request: Request) -> Iterator:
-        """The sampler's events; closing the iterator ends the sampling."""
-        try:
-            with self._lock:
-                yield from self.pipe.stream(**vars(request))
-        except ValueError as error:  # the pipeline imports nothing of ours, so this is how it speaks to people
-            raise UserError(str(error)) from None
+    @property
+    def has_student(self) -> bool:
+        """Whether the model can draw in a few steps."""
+        return self.pipe.student is not None and self.pipe.student_scheduler is not None
 
-    def reconstruct(self, file: str | Path | None) -> Reconstruction:
-        """Send a picture through the latents and back; raises UserError where there is no picture to read."""
-        if file is None:
-            raise UserError("no picture yet; drop one on the field first")
-        content = io.BytesIO(Path(file).read_bytes())  # without a name: a visitor must not see this machine's paths
-        picture = load_image(content, channels=self.pipe.image_channels, max_pixels=MOST_PIXELS)
-        original = fit_image(picture, self.pipe.image_size, "crop")
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance makes a difference."""
+        return self.pipe.condition == "text" or bool(self.pipe.labels) or self.pipe.guide is not None
+
+    @cached_property
+    def model(self) -> str:
+        """The first digits of the weights' hash, as `calotype generate` writes it; empty where nothing was saved."""
+        return "" if self.folder is None else weights_hash(self.folder / "unet")[:16]
+
+    def facts(self, request: Request) -> dict:
+        """What a finished picture tells of how it was made; `request` is for that picture alone."""
+        facts = {
+            "label": request.label or "",
+            "seed": request.seed,
+            "steps": request.num_inference_steps,
+            "guidance": "built in" if request.fast else request.guidance_scale,
+            "guidance-interval": "{:g} {:g}".format(*request.guidance_interval),
+            "guidance-rescale": request.guidance_rescale,
+            "sampler": request.sampler or self.pipe.config.sampler or type(self.pipe.scheduler).__name__,
+        }
+        if request.fast:
+            facts |= {"fast": "yes", "sampler": type(self.pipe.student_scheduler).__name__}
+        return facts | {"model": self.model, "software": f"calotype {__version__}"}
+
+    # What is done
+
+    @contextmanager
+    def working(self) -> Iterator:
+        """The pipeline, while nobody else has it; what it says about an order becomes a UserError."""
         with self._lock:
-            (copy,) = self.pipe.reconstruct([original])
-        return Reconstruction(original, copy, psnr(original, copy.convert(original.mode)))
+            try:
+                yield self.pipe
+            except ValueError as error:  # the pipeline imports nothing of ours, so this is how it speaks to people
+                raise UserError(str(error)) from None
+
+    def develop(self, request: Request, **more) -> Iterator:
+        """The sampler's events, with `more` for `stream`; closing the iterator ends the sampling."""
+        with self.working() as pipe:
+            yield from pipe.stream(**asdict(request), **more)
+
+    def develop_cells(self, cells: list[Request]) -> Iterator[Progress]:
+        """Draw orders of one picture each; neighbours that differ in label and seed alone are drawn as one batch."""
+        total = refuse_long(cells)
+        images: list[Image.Image | None] = [None] * len(cells)
+        done = start = 0
+        for batch in _batches(cells):
+            for event in self.develop(_joined(batch), generator=[_noise(cell.seed) for cell in batch]):
+                if event.images is not None:
+                    images[start : start + len(batch)] = event.images
+                yield Progress(done + _share(event, batch), total, list(images))
+            start += len(batch)
+            done += batch[0].num_inference_steps
+
+    def picture(self, file, size: tuple[int, int] | None = None) -> Image.Image:
+        """An upload as the model is given it; raises UserError where there is none that can be read."""
+        picture = open_picture(file, channels=self.pipe.image_channels)
+        return fit_image(picture, size or self.pipe.image_size, "crop")
+
+    def encode(self, picture: Image.Image) -> Tensor:
+        """The code z (c, h, w) of a picture of the model's size."""
+        with self.working() as pipe:
+            return pipe.encode_images([picture])[0]
+
+    def decode(self, z: Tensor) -> Image.Image:
+        """The picture of a code (c, h, w)."""
+        with self.working() as pipe, torch.no_grad():
+            return pipe.decode_latents(z[None], "pil")[0]
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """The peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones."""
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
+def refuse_long(cells: list[Request]) -> int:
+    """The steps that a grid takes in all; raises UserError where they are too many."""
+    if len(cells) > MOST_CELLS:
+        raise UserError(f"the grid has {len(cells)} pictures, {MOST_CELLS} are the most; give fewer values")
+    total = sum(batch[0].num_inference_steps for batch in _batches(cells))
+    if total > MOST_EVALUATIONS:
+        raise UserError(
+            f"the grid takes {total:,} steps, {MOST_EVALUATIONS:,} are the most; give fewer or shorter ones"
+        )
+    return total
 
 
-def _clamp(name: str, value, low: float, high: float) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} {str(value)[:40]!r} is not a number; give one from {low} to {high}")
+def _batches(cells: list[Request]) -> list[list[Request]]:
+    def settings(cell: Request) -> Request:
+        return replace(cell, label=None, seed=0)
+
+    return [list(batch) for _, batch in itertools.groupby(cells, key=settings)]
+
+
+def _joined(batch: list[Request]) -> Request:
+    """The order for a batch whose seeds come as generators."""
+    labels = [cell.label for cell in batch]
+    return replace(batch[0], label=None if labels.count(None) == len(labels) else labels, num_images=len(batch))
+
+
+def _share(event, batch: list[Request]) -> int:
+    return round(event.step / event.steps * batch[0].num_inference_steps)
+
+
+def _noise(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clamp(name: str, value, low: float, high: float) -> float:
+    """The number nearest to `value` from low to high; raises UserError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} {str(value)[:40]!r} is not a number; give one from {low:g} to {high:g}")
     return min(max(value, low), high)

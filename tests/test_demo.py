@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -152,9 +153,20 @@ def reconstruct(server, path):
 
 def test_reconstructs_an_upload(server, tmp_path):
     Image.linear_gradient("L").resize((64, 40)).save(tmp_path / "gradient.png")
-    original, copy, note = reconstruct(server, tmp_path / "gradient.png")
-    assert Image.open(original).size == Image.open(copy).size == (16, 16)
-    assert note.endswith("PSNR between the two") and " dB" in note
+    pair, error, code, note, _ = reconstruct(server, tmp_path / "gradient.png")
+    original, copy = (Image.open(file) for file in pair["value"])
+    assert original.size == copy.size == Image.open(error["value"]).size == (16, 16)
+    assert Image.open(code["value"]).size == (17, 17)  # four channels of 8x8 with a gap between
+    expected = tiny_pipeline(LABELS).reconstruct([original])[0]
+    assert max(high for _, high in difference(copy.convert("RGB"), expected)) <= 1
+    found = float(note.split()[0].strip("*"))
+    assert found == pytest.approx(psnr_of(original, copy), abs=0.06) and "256 numbers (4×8×8) for 768" in note
+
+
+def psnr_of(a, b):
+    """By scikit-image's definition, which needs nothing but numpy."""
+    error = np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)
+    return 10 * np.log10(255**2 / error)
 
 
 def test_numbers_out_of_range_and_strange_labels(server):
@@ -168,9 +180,9 @@ def test_numbers_out_of_range_and_strange_labels(server):
 
 
 def test_previews_arrive_and_cancelling_frees_the_model(server, monkeypatch):
-    from calotype.demo import generate as tab
+    from calotype.demo import parts
 
-    monkeypatch.setattr(tab, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "PREVIEW_SECONDS", 0.0)
     before = files_of(server)
     job = server.client.submit(**ORDER | {"steps": 200}, api_name="/generate")
     starting, first = itertools.islice(job, 2)
@@ -289,16 +301,8 @@ def test_a_text_model_is_asked_with_a_prompt(studio):
         list(text_studio.develop(text_studio.request("a b c d e f g h i j k l m n o p", 1, 0, 2, 1)))
 
 
-def test_a_model_of_given_pictures_is_sent_to_the_command_line(tmp_path):
-    from models import pipeline, tiny_unet
-
-    pipeline(tiny_unet(8), condition="edges").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="calotype generate --image"):
-        app.build(tmp_path, str(tmp_path))
-
-
 def test_psnr():
-    from calotype.demo.studio import psnr
+    from calotype.demo.codes import psnr
 
     grey, lighter = Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 110)
     assert psnr(grey, lighter) == pytest.approx(28.1308, abs=1e-3)

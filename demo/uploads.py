@@ -1,0 +1,90 @@
+"""The gate for what visitors send: Gradio keeps it as it came, and only `load_image` looks inside."""
+
+import io
+from pathlib import Path
+
+import gradio as gr
+from gradio.components.base import server
+from gradio.components.image_editor import AcceptBlobs, EditorData
+from PIL import Image, ImageChops
+
+from calotype.errors import UserError
+from calotype.images import load_image
+
+MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memory
+MOST_LAYERS = 4
+MOST_SKETCHES = 16  # brushed pictures that wait for their request
+MOST_BYTES = 8_000_000  # of one layer
+
+Source = str | bytes
+
+
+def _derived(base: type, **methods) -> type:
+    """A component of Gradio's with methods of ours. A class statement would write an interface file beside this one."""
+    return type.__new__(type(base), base.__name__, (base,), {"is_template": True, **methods})
+
+
+def _path(field, payload) -> str | None:
+    """Instead of decoding a picture: where it lies in Gradio's cache."""
+    return None if payload is None else payload.path
+
+
+def _sketch(canvas, payload: EditorData | None) -> dict | None:
+    """Instead of decoding: {"background", "layers"} as paths in Gradio's cache, or as bytes that the browser sent."""
+    if payload is None:
+        return None
+    sent = canvas.blob_storage.pop(payload.id, None) if payload.id is not None else payload
+    if sent is None:
+        return None
+    layers = [_source(layer) for layer in sent.layers[:MOST_LAYERS] if layer is not None]
+    return {"background": _source(sent.background), "layers": layers}
+
+
+@server
+def _accept_blobs(canvas, data: AcceptBlobs) -> None:
+    """Keep one layer of a sketch until its request comes; what is too large or too much is left out."""
+    index = data.data.get("index")
+    fits = index in (None, "", "null") or (index.isdigit() and int(index) < MOST_LAYERS)
+    if data.files and len(data.files[0][1]) <= MOST_BYTES and fits:
+        gr.ImageEditor.accept_blobs(canvas, data)
+    while len(canvas.blob_storage) > MOST_SKETCHES:
+        canvas.blob_storage.pop(next(iter(canvas.blob_storage)), None)
+
+
+_accept_blobs.__name__ = "accept_blobs"  # as the browser calls it
+Upload = _derived(gr.Image, preprocess=_path)
+Canvas = _derived(gr.ImageEditor, preprocess=_sketch, accept_blobs=_accept_blobs)
+
+
+def upload_field(label: str, height: int, crisp: str = "", **more) -> gr.Image:
+    """A field to drop a picture on; it hands over a path in Gradio's cache."""
+    looks = {"height": height, "elem_classes": ["print", "dropped", crisp], "buttons": []}
+    return Upload(label=label, type="filepath", sources=["upload"], **looks, **more)
+
+
+def _source(file) -> Source | None:
+    return file if file is None or isinstance(file, bytes) else file.path
+
+
+def open_picture(source: Source | None, channels: int, background: tuple[int, int, int] = (255,) * 3) -> Image.Image:
+    """What a visitor sent as a picture; raises UserError where there is none that can be read."""
+    if source is None:
+        raise UserError("no picture yet; drop one on the field first")
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    stream = io.BytesIO(content)  # without a name: a visitor must not see this machine's paths
+    return load_image(stream, channels=channels, max_pixels=MOST_PIXELS, background=background)
+
+
+def strokes(layers: list[Source]) -> Image.Image | None:
+    """Where anything was brushed, as "L": the layers' opacity; None where nothing was."""
+    painted = None
+    for layer in layers:
+        opacity = _opacity(layer)
+        painted = opacity if painted is None else ImageChops.lighter(painted, opacity.resize(painted.size))
+    return None if painted is None or painted.getbbox() is None else painted
+
+
+def _opacity(layer: Source) -> Image.Image:
+    """From the layer on white and on black: where it is opaque they do not differ."""
+    white, black = (open_picture(layer, 1, (level,) * 3) for level in (255, 0))
+    return ImageChops.invert(ImageChops.subtract(white, black))
