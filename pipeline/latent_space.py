@@ -28,7 +28,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1)
     angle = cosine.arccos()
     sine = angle.sin()
-    straight = sine < 1e-4
+    straight = sine < 1e-2  # rounding makes as much of it where there is none
     safe = torch.where(straight, 1.0, sine)
     of_a = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / safe)
     of_b = torch.where(straight, share, (share * angle).sin() / safe)

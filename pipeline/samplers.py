@@ -87,7 +87,8 @@ def begin_at(scheduler: SchedulerMixin, strength: float) -> int:
     A step of a two-stage solver is two evaluations, and only the first of them can be a beginning.
     """
     times, stride = scheduler.timesteps, getattr(scheduler, "order", 1)
-    begin = next((i for i in range(0, len(times), stride) if float(times[i]) <= TIMES * strength), len(times))
+    late_enough = (i for i in range(0, len(times), stride) if float(times[i]) <= TIMES * strength)
+    begin = next(late_enough, len(times)) if strength else len(times)
     scheduler.set_begin_index(begin)
     return begin
 
