@@ -59,7 +59,21 @@ COMMANDS = {
         "measure on held-out pictures",
     ),
     "report": ("calotype.settings:ReportSettings", "calotype.report:main", "one page about a run"),
-    "generate": ("calotype.settings:GenerateSettings", "calotype.pipeline.generate:main", "draw pictures with a model"),
+    "generate": (
+        "calotype.pipeline.config:GenerateSettings",
+        "calotype.pipeline.generate:main",
+        "draw pictures with a model",
+    ),
+    "edit": (
+        "calotype.pipeline.config:EditSettings",
+        "calotype.pipeline.edit:main",
+        "change pictures, or repaint parts of them",
+    ),
+    "interpolate": (
+        "calotype.pipeline.config:InterpolateSettings",
+        "calotype.pipeline.interpolate:main",
+        "the way from one picture or seed to another",
+    ),
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 

@@ -1,10 +1,10 @@
 """Settings of the commands that belong to no stage."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from calotype.config import DataSettings, Maybe, Preset, Settings
 
@@ -58,6 +58,18 @@ class ExportSettings(Settings):
     out: Maybe[Path] = Field(None, description="folder of the model (default: RUN/pipeline)")
     guide: Maybe[Path] = Field(None, description="weaker network to be guided away from: a run, or a UNet's folder")
     seed: int = Field(0, ge=0, description="of the sample sheet")
+    onnx: bool = Field(False, description="also the networks as ONNX files, checked against torch")
+    explorer: bool = Field(False, description="instead a page that explores the latents without a server: RUN/explorer")
+    ort: Maybe[Path] = Field(None, description="npm package onnxruntime-web, unpacked, for --explorer")
+    download: bool = Field(False, description="let npm fetch onnxruntime-web for --explorer")
+
+    @model_validator(mode="after")
+    def _explorer_has_a_runtime(self) -> Self:
+        if self.explorer and self.ort is None and not self.download:
+            raise ValueError(
+                "--explorer needs onnxruntime-web; give --ort DIR with its npm package unpacked, or --download."
+            )
+        return self
 
 
 class EvaluateSettings(Settings):
@@ -86,34 +98,6 @@ class ReportSettings(Settings):
     """Write one self-contained page about a run: RUN/report.html."""
 
     run: tyro.conf.Positional[Run] = Field(description="folder of the run")
-
-
-class GenerateSettings(Settings):
-    """Draw pictures; each PNG carries its settings."""
-
-    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
-    label: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="LABEL", help_behavior_hint="")]] = Field(
-        None, description="class name, without one all take turns; for a model of text the prompt"
-    )
-    out: Path = Field(description="folder of the pictures")
-    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"], help_behavior_hint="")] = Field(
-        None, ge=1, description="number of pictures (default: 16, or one for each --image)"
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="picture i is drawn with seed + i")
-    steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
-    sampler: Maybe[str] = Field(
-        None, description="ddim, dpm++2m, unipc, heun or euler; flow-… insists on a flow (default: the model's)"
-    )
-    guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
-    guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="guidance only at times between these, 0 the picture and 1 pure noise"
-    )
-    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the deviation that guidance adds taken back")
-    fast: bool = Field(False, description="with the student and the tiny decoder of `calotype distill`")
-    image: Maybe[Path] = Field(None, description="picture to begin with, or a folder of them")
-    mask: Maybe[Path] = Field(None, description="what to repaint of it, white on black")
-    batch_size: int = Field(64, ge=1, description="pictures drawn at once")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 
 
 class DemoSettings(Settings):

@@ -1,5 +1,7 @@
 """`calotype generate`: draw pictures with a model folder and write PNGs that carry their settings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from rich.progress import track
 
 from calotype import __version__, device
 from calotype.checkpoint import weights_hash
+from calotype.config import height_width
 from calotype.errors import UserError
 from calotype.images import fit_image, load_image
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
@@ -32,11 +35,13 @@ def main(settings) -> None:
     pipe = load(settings.model)
     _refuse_wrong_words(pipe, settings)
     jobs = _jobs(pipe, settings)
-    mask = None if settings.mask is None else _picture(settings.mask, "--mask", 1, pipe.image_size)
-    facts = _facts(pipe, settings)
+    more = {} if settings.mask is None else {"mask": picture(settings.mask, "--mask", 1, pipe.image_size)}
+    if settings.size is not None:
+        more |= dict(zip(("height", "width"), height_width(settings.size), strict=True))
+    facts = facts_of(pipe, settings)
     for start in track(range(0, len(jobs), settings.batch_size), "Drawing", transient=True):
         batch = jobs[start : start + settings.batch_size]
-        for job, image in zip(batch, draw(pipe, batch, mask, settings), strict=True):
+        for job, image in zip(batch, draw(pipe, batch, settings, **more), strict=True):
             write_png(image, job.file, {"label": job.label or "", "seed": job.seed} | facts)
     print(f"{len(jobs)} pictures in {settings.out}")
 
@@ -62,25 +67,34 @@ def load(model: Path) -> LatentDiffusionPipeline:
     return pipe.to(device.device())
 
 
-def draw(pipe: LatentDiffusionPipeline, jobs: list[Job], mask: Image.Image | None, settings) -> list[Image.Image]:
-    """One batch of pictures, whose seeds follow each other."""
+def draw(pipe: LatentDiffusionPipeline, jobs: list[Job], settings, **more) -> list[Image.Image]:
+    """One batch of pictures, whose seeds follow each other; raises UserError."""
+    pictures = {} if jobs[0].image is None else {"image": [job.image for job in jobs]}
+    labels = None if all(job.label is None for job in jobs) else [job.label for job in jobs]
+    with for_users(settings.precision):
+        return pipe(labels, len(jobs), seed=jobs[0].seed, **order_of(settings), **pictures, **more).images
+
+
+@contextmanager
+def for_users(precision: str) -> Iterator[None]:
+    """In this precision, with the pipeline's errors as UserError: it travels alone and knows none."""
     try:
-        with device.autocast(settings.precision):
-            return pipe(
-                None if jobs[0].label is None else [job.label for job in jobs],
-                len(jobs),
-                seed=jobs[0].seed,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                guidance_interval=settings.guidance_interval,
-                guidance_rescale=settings.guidance_rescale,
-                sampler=settings.sampler,
-                fast=settings.fast,
-                image=None if jobs[0].image is None else [job.image for job in jobs],
-                mask=mask,
-            ).images
-    except ValueError as error:  # the pipeline travels alone and knows no UserError
+        with device.autocast(precision):
+            yield
+    except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def order_of(settings) -> dict:
+    """What the flags that all drawing commands share say to the pipeline."""
+    return {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "guidance_interval": settings.guidance_interval,
+        "guidance_rescale": settings.guidance_rescale,
+        "sampler": settings.sampler,
+        "fast": settings.fast,
+    }
 
 
 def write_png(image: Image.Image, file: Path, facts: dict) -> None:
@@ -108,7 +122,7 @@ def _refuse_wrong_words(pipe: LatentDiffusionPipeline, settings) -> None:
         ("--mask", settings.mask, pipe.condition == "inpaint"),
     ):
         if (given is not None) != wanted:
-            way = f"give {flag} too" if wanted else f"leave {flag} out"
+            way = f"give {flag} too" if wanted else f"leave {flag} out, or change pictures with `calotype edit`"
             raise UserError(f"{flag} {given}: {settings.model} has the condition {pipe.condition}; {way}.")
 
 
@@ -119,8 +133,8 @@ def _jobs(pipe: LatentDiffusionPipeline, settings) -> list[Job]:
         labels = [_label(pipe, settings.label, i) for i in range(n)]
         return [Job(settings.seed + i, _file(settings, labels[i], i), labels[i], None) for i in range(n)]
     n, jobs = settings.n or 1, []
-    for file in _given_files(settings.image):
-        image = _picture(file, "--image", pipe.image_channels, pipe.given_size)
+    for file in files_of(settings.image):
+        image = picture(file, "--image", pipe.image_channels, pipe.given_size)
         for _ in range(n):
             seed = settings.seed + len(jobs)
             name = f"{file.stem}.png" if n == 1 else f"{file.stem}-{seed:08d}.png"
@@ -128,23 +142,24 @@ def _jobs(pipe: LatentDiffusionPipeline, settings) -> list[Job]:
     return jobs
 
 
-def _given_files(path: Path) -> list[Path]:
+def files_of(path: Path, flag: str = "--image") -> list[Path]:
     """A picture, or all of a folder by name."""
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        raise UserError(f"--image {path} is an empty folder; give a picture or a folder of pictures.")
+        raise UserError(f"{flag} {path} is an empty folder; give a picture or a folder of pictures.")
     return files
 
 
-def _picture(file: Path, flag: str, channels: int, size: tuple[int, int]) -> Image.Image:
+def picture(file: Path, flag: str, channels: int, size: tuple[int, int]) -> Image.Image:
+    """The picture in a file, cropped to a size (height, width); raises UserError that begins with the flag."""
     try:
         return fit_image(load_image(file, channels=channels), size, "crop")
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
 
 
-def _facts(pipe: LatentDiffusionPipeline, settings) -> dict:
+def facts_of(pipe: LatentDiffusionPipeline, settings) -> dict:
     """What every picture carries beside its label and seed."""
     facts = {
         "steps": settings.steps or (pipe.config.student_steps if settings.fast else pipe.default_steps),
@@ -153,8 +168,12 @@ def _facts(pipe: LatentDiffusionPipeline, settings) -> dict:
     }
     if settings.fast:
         facts |= {"guidance": "built in", "sampler": type(pipe.student_scheduler).__name__}
-    folder = find(settings.model) / ("student" if settings.fast else "unet")
-    return facts | {"model": weights_hash(folder)[:16], "software": f"calotype {__version__}"}
+    return facts | about(settings.model, "student" if settings.fast else "unet")
+
+
+def about(model: Path, network: str = "unet") -> dict:
+    """What a picture carries of where it comes from."""
+    return {"model": weights_hash(find(model) / network)[:16], "software": f"calotype {__version__}"}
 
 
 def _label(pipe: LatentDiffusionPipeline, label: str | None, i: int) -> str | None:

@@ -105,8 +105,12 @@ def arithmetic(
 
     `plus`, `minus`: batches of pictures of the model's size, such as a folder of each of two classes.
     """
-    z = pipe.encode_images(images)
-    return pipe.decode_latents(z + amount * (mean_code(pipe, plus) - mean_code(pipe, minus)), "pil")
+    return moved(pipe, images, amount * (mean_code(pipe, plus) - mean_code(pipe, minus)))
+
+
+def moved(pipe: Pipe, images: list[Image.Image], offset: Tensor) -> list[Image.Image]:
+    """Pictures whose codes have moved by an offset (c, h, w)."""
+    return pipe.decode_latents(pipe.encode_images(images) + offset, "pil")
 
 
 @torch.no_grad()

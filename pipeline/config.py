@@ -1,0 +1,86 @@
+"""Settings of the commands that draw."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tyro
+from pydantic import Field, model_validator
+
+from calotype.config import ImageSize, Maybe, Settings
+
+Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
+Label = tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="LABEL", help_behavior_hint="")]]
+Count = Annotated[int | None, tyro.conf.arg(aliases=["-n"], help_behavior_hint="")]
+
+
+class DrawingSettings(Settings):
+    """How pictures are drawn."""
+
+    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
+    out: Path = Field(description="folder of the pictures")
+    seed: int = Field(0, ge=0, lt=2**63, description="picture i is drawn with seed + i")
+    steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
+    sampler: Maybe[str] = Field(
+        None, description="ddim, dpm++2m, unipc, heun or euler; flow-… insists on a flow (default: the model's)"
+    )
+    guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="guidance only at times between these, 0 the picture and 1 pure noise"
+    )
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the deviation that guidance adds taken back")
+    fast: bool = Field(False, description="with the student and the tiny decoder of `calotype distill`")
+    batch_size: int = Field(64, ge=1, description="pictures drawn at once")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+
+
+class GenerateSettings(DrawingSettings):
+    """Draw pictures; each PNG carries its settings."""
+
+    label: Label = Field(None, description="class name, without one all take turns; for a model of text the prompt")
+    n: Count = Field(None, ge=1, description="number of pictures (default: 16, or one for each --image)")
+    size: Maybe[ImageSize] = Field(
+        None, description="side in pixels, or HEIGHTxWIDTH, from the model's own on (default: the model's)"
+    )
+    image: Maybe[Path] = Field(
+        None, description="what a model of given pictures begins with: one, or a folder of them (others: calotype edit)"
+    )
+    mask: Maybe[Path] = Field(None, description="what to repaint of it, white on black")
+
+
+class EditSettings(DrawingSettings):
+    """Change pictures: draw them again from part of the way, repaint a part, or move their codes."""
+
+    label: Label = Field(None, description="class name or prompt to be led by (default: none)")
+    image: Path = Field(description="picture to change, or a folder of them")
+    n: Count = Field(None, ge=1, description="pictures made of each (default: 1)")
+    strength: Maybe[float] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="how far back to noise: 0 leaves all, 1 nothing (default: 0.6, with --mask 1)",
+    )
+    mask: Maybe[Path] = Field(None, description="repaint what is white here and keep the rest")
+    plus: Maybe[Path] = Field(None, description="move codes to the mean of the pictures in this folder …")
+    minus: Maybe[Path] = Field(None, description="… from the mean of those in this one, and draw nothing")
+    amount: float = Field(1.0, description="by how much of the difference")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.plus is None) != (self.minus is None):
+            raise ValueError("--plus and --minus go together: a code moves from the mean of one folder to the other's.")
+        if self.plus and (self.mask or self.strength is not None or self.label or self.n):
+            raise ValueError("--plus and --minus move codes and draw nothing; leave LABEL, --mask, --strength, -n out.")
+        return self
+
+
+class InterpolateSettings(DrawingSettings):
+    """Draw the way from one picture or seed to another, as pictures and an animation."""
+
+    begin: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FROM")]] = Field(
+        description="a seed, or a picture"
+    )
+    end: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="TO")]] = Field(description="a seed, or a picture")
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = Field(16, ge=2, description="pictures, with both ends")
+    label: Maybe[str] = Field(None, description="class name or prompt of the first")
+    to_label: Maybe[str] = Field(None, description="of the last (default: as --label)")
+    milliseconds: int = Field(80, ge=10, description="that the animation shows each picture")
