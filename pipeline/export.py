@@ -12,7 +12,9 @@ from calotype import __version__, device
 from calotype.autoencoder import load_autoencoder
 from calotype.checkpoint import publish, weights_hash
 from calotype.errors import UserError
+from calotype.pipeline import latent_map, latent_rgb, static_explorer
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.onnx_export import export_onnx, refuse_missing_extra
 from calotype.pipeline.sample_sheet import sample_sheet
 
 _FACTS = ("id2label", "default_steps", "default_guidance", "condition", "sampler")
@@ -20,15 +22,23 @@ _LOCAL = {"use_safetensors": True, "local_files_only": True}
 
 
 def main(settings) -> None:
-    """Assemble RUN/stage1_vae/vae, RUN/stage2_diffusion and RUN/distilled into the model folder."""
+    """Assemble RUN/stage1_vae/vae, RUN/stage2_diffusion and RUN/distilled into the model folder; or RUN/explorer."""
+    if settings.explorer:
+        static_explorer.main(settings)
+        return
     run, out = settings.run, (settings.out or settings.run / "pipeline").resolve()
     _refuse_to_replace(out)
+    if settings.onnx:
+        refuse_missing_extra("--onnx")
     pipe = assemble(run, settings.guide)
     temporary = out.parent / f".{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary, safe_serialization=True)
     sample_sheet(pipe.to(device.device()), run, settings.seed).save(temporary / "samples.png")
     (temporary / "README.md").write_text(model_card(pipe, run), encoding="utf-8")
+    latent_map.write(run, pipe.vae, temporary)
+    if settings.onnx:
+        export_onnx(pipe, temporary / "onnx")
     publish(temporary, out)
     print(f"Model: {out}")
 
@@ -58,7 +68,8 @@ def assemble(run: Path, guide: Path | None = None) -> LatentDiffusionPipeline:
         if hasattr(part, "register_to_config"):
             part.register_to_config(_name_or_path="")  # diffusers would publish where on this machine they lay
     steps = {"student_steps": _read(run / "distilled" / "distilled.json").get("steps", 4)}
-    return LatentDiffusionPipeline(**parts, **steps, **{name: facts[name] for name in _FACTS if name in facts})
+    more = {"latent_rgb": latent_rgb.of_cache(run / "latents", parts["vae"])} if (run / "latents").is_dir() else {}
+    return LatentDiffusionPipeline(**parts, **steps, **more, **{name: facts[name] for name in _FACTS if name in facts})
 
 
 def _text_parts(stage2: Path) -> dict[str, Any]:
