@@ -40,20 +40,24 @@ def build(model: Path, temporary: str):
     """The Gradio page for a model folder or a run; the environment is set before Gradio reads it on import."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
     from calotype.demo import page
+    from calotype.demo.explore import Explorer
     from calotype.demo.run_folder import find_run
 
     run = find_run(model)
     still_trains = run is not None and not (run.folder / "pipeline" / "model_index.json").is_file()
     studio = None if still_trains else open_studio(model)
-    return page.build(studio, title_of(model), run).queue(**QUEUE)
+    explorer = Explorer.of_run(run.folder) if still_trains else None
+    return page.build(studio, title_of(model), run, explorer).queue(**QUEUE)
 
 
 def open_studio(model: Path):
     """The model of a folder or run, ready to serve."""
+    from calotype.demo.explore import Explorer
     from calotype.demo.studio import Studio
     from calotype.pipeline.generate import find, load
 
-    return Studio(load(model), folder=find(model))
+    pipe, folder = load(model), find(model)
+    return Studio(pipe, Explorer.open(folder, pipe.vae), folder)
 
 
 def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from calotype.autoencoder import Vae, decode, posterior
 from calotype.errors import UserError
 from calotype.images import denormalize, normalize, to_pil
-from calotype.pipeline.latent_map import LatentMap
+from calotype.pipeline.latent_map import LatentMap, open_run
 
 PATIENCE = 0.5  # seconds for which a frame waits while somebody draws
 _LARGEST = 1e9
@@ -54,6 +55,13 @@ class Explorer:
         """The explorer of a model folder; None where the folder has no map."""
         latent_map = LatentMap.load(folder)
         return None if latent_map is None else cls(vae, latent_map)
+
+    @classmethod
+    def of_run(cls, run: Path) -> "Explorer | None":
+        """The explorer of a run's autoencoder; None where its latents are not all there."""
+        if not (run / "latents" / "index.json").is_file():
+            return None
+        return cls(*open_run(run))
 
     def frame(self, z: Any) -> dict[str, str]:
         """The picture decoded at z, a list of D numbers, as an address that holds it."""
@@ -106,13 +114,11 @@ class Explorer:
             self.lock.release()
 
 
-def explore_tab(studio) -> None:
+def explore_tab(explorer: Explorer) -> None:
     """The pad, with frames from this server; nothing of it goes through the queue."""
-    import gradio as gr
-
-    explorer = studio.explorer
     gr.HTML(
         html_template='<div class="explorer"></div>',
+        apply_default_css=False,
         css_template=_asset("explorer.css"),
         js_on_load=_asset("explorer.js") + _START,
         map=explorer.map.for_browser(),

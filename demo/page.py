@@ -51,14 +51,16 @@ def _hue(shades: str) -> gr.themes.Color:
     return gr.themes.Color(*(f"#{shade}" for shade in shades.split()))
 
 
-def build(studio: Studio | None, title: str, run: RunFolder | None = None) -> gr.Blocks:
-    """The page for a model, with the tabs that it can serve, and for the run that it comes from; either may be None."""
+def build(studio: Studio | None, title: str, run: RunFolder | None = None, explorer=None) -> gr.Blocks:
+    """The page for a model, or for an autoencoder alone, with the tabs that it can serve, and for the run of either."""
     with gr.Blocks(
         title=f"{title} · Calotype", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as app:
         gr.HTML(masthead(studio, title), apply_default_css=False)
         if studio is not None:
             model_tabs(studio)
+        elif explorer is not None:
+            explorer_tab(explorer)
         if run is not None:
             with gr.Tab("Run"):
                 run_tab(run, app)
@@ -73,10 +75,15 @@ def model_tabs(studio: Studio) -> None:
     with gr.Tab("Reconstruct"):
         reconstruct_tab(studio)
     if studio.explorer is not None:
-        from calotype.demo.explore import explore_tab
+        explorer_tab(studio.explorer)
 
-        with gr.Tab("Explore"):
-            explore_tab(studio)
+
+def explorer_tab(explorer) -> None:
+    """The tab that an autoencoder needs no diffusion model for."""
+    from calotype.demo.explore import explore_tab
+
+    with gr.Tab("Explore"):
+        explore_tab(explorer)
 
 
 def masthead(studio: Studio | None, title: str) -> str:

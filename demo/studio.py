@@ -67,7 +67,7 @@ class Studio:
         self.pipe = pipe
         self.explorer = explorer
         self.folder = folder
-        self._lock = threading.Lock()
+        self._lock = threading.Lock() if explorer is None else explorer.lock  # both use the same weights
 
     # What may be asked
 
