@@ -8,6 +8,8 @@ from models import CAPTIONS, pipeline, text_parts, text_unet, tiny_unet
 from PIL import Image
 from torch.testing import assert_close
 
+from calotype import shapes
+from calotype.pipeline import latent_rgb
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.pipeline.pictures import to_tensor
 from calotype.pipeline.prediction import Conditions, evaluate, in_windows, windows
@@ -219,3 +221,17 @@ def test_a_linear_preview_is_its_map(pipe):
     assert_close(previews[-1], linear("red", output_type="pt", num_inference_steps=3).images)
     full = [e.images for e in linear.stream("red", output_type="pt", num_inference_steps=3, preview="full")]
     assert (previews[0] - full[0]).abs().max() > 1e-3
+
+
+def test_the_map_to_colours_is_found(finished):
+    """A decoder that is a linear map is found again; a real one is met better than by grey."""
+    z, weight, bias = torch.randn(8, 4, 6, 6), torch.randn(4, 3), torch.randn(3)
+    small = torch.einsum("bchw,cd->bdhw", z, weight) + bias[:, None, None]
+    found = latent_rgb.fit(z, torch.nn.functional.interpolate(small, scale_factor=4))
+    assert_close(torch.tensor([found["weight"][str(i)] for i in range(4)]), weight, atol=1e-4, rtol=1e-4)
+    assert_close(torch.tensor(found["bias"]), bias, atol=1e-4, rtol=1e-4)
+    pipe = LatentDiffusionPipeline.from_pretrained(finished / "pipeline")
+    images = [shapes.render(shapes.draw_factors(0, i, shapes.PLAIN), (16, 16)) for i in range(8)]
+    z = pipe.encode_images(images)
+    full, glance = (pipe.decode_latents(z, "pt", decoder) for decoder in ("full", "linear"))
+    assert (glance - full).square().mean() < 0.9 * (full.mean((0, 2, 3), keepdim=True) - full).square().mean()
