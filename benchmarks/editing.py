@@ -70,8 +70,8 @@ def repainting(pipe, run: Path, out: Path) -> list[dict]:
     masks = random_masks(7, "benchmark", 0, 4 * len(x), tuple(x.shape[2:]))
     masks = masks[[i for i, m in enumerate(masks) if m.mean() < 0.9][: len(x)]]
     told = [pipe.labels[y] if pipe.labels and y >= 0 else None for y in labels]
-    filled = to_tensor(pipe(told, len(x), image=pil(x), mask=pil(2 * masks - 1)).images)
     pasted = torch.where(masks > 0.5, x.roll(1, 0), x)
+    filled = to_tensor(pipe(told, len(x), image=pil(pasted), mask=pil(2 * masks - 1)).images)
     sheet(torch.cat([x * (1 - masks), filled, x])[rows_of(len(x), 12, 3)], out / "repainted.png", columns=12)
     steps = {name: seam(y, masks) for name, y in (("true", x), ("pasted", pasted), ("filled", filled))}
     excess = (steps["filled"] - steps["true"]) / (steps["pasted"] - steps["true"])

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .order import Event, Images, Label, Labels, Order
-from .pictures import Vae, encode, enlarge, given_latents, to_tensor
+from .pictures import Vae, encode, enlarge, fill_hole, given_latents, new_latents, to_tensor
 from .prediction import Conditions, Told, UNet, Windows, evaluate, guide, in_windows, windows
 from .samplers import begin_at, clean, make_scheduler, noised
 
@@ -360,9 +360,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Pure noise, or where a picture is to be changed its latents with some."""
         if known.x is None or self.takes_image:
             return Start(noise * getattr(scheduler, "init_noise_sigma", 1.0))
-        z_0, begin = encode(self.vae, known.x).float(), begin_at(scheduler, order.strength)
+        # Where everything may become new, what is there now must not shine through.
+        hidden = known.new is not None and order.strength == 1
+        z_0 = encode(self.vae, fill_hole(known.x, known.new) if hidden else known.x).float()
+        begin = begin_at(scheduler, order.strength)
         z = z_0 if begin == len(scheduler.timesteps) else noised(scheduler, z_0, noise, scheduler.timesteps[begin])
-        new = None if known.new is None else F.adaptive_max_pool2d(known.new, z.shape[2:])
+        new = None if known.new is None else new_latents(known.new, tuple(z.shape[2:]))
         return Start(z, begin, z_0, noise, new)
 
     # The steps

@@ -51,6 +51,31 @@ def encode(vae: Vae, x: Tensor) -> Tensor:
     return encoded.latents if isinstance(vae, VQModel) else encoded.latent_dist.mean
 
 
+def fill_hole(x: Tensor, new: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) with what is new (B, 1, H, W) filled by the mean of the nearest that is known.
+
+    So an encoder that sees both sides of the edge is told nothing of what was there, and of no step that is none.
+    """
+    known = 1 - new
+    filled, seen = x * known, known
+    for radius in (1, 3, 7, 15, 31, 63, 127):
+        total = F.avg_pool2d(x * known, 2 * radius + 1, 1, radius, count_include_pad=False)
+        share = F.avg_pool2d(known, 2 * radius + 1, 1, radius, count_include_pad=False)
+        first = (seen == 0) & (share > 0)
+        filled = torch.where(first, total / share.clamp_min(1e-6), filled)
+        seen = torch.maximum(seen, first.to(seen))
+    return filled
+
+
+def new_latents(new: Tensor, size: tuple[int, int]) -> Tensor:
+    """1 where latents (B, 1, h, w) become new: where their share of new pixels is at least half the largest nearby.
+
+    In a hole that is half of the pixels; a stroke thinner than a latent's patch counts too.
+    """
+    share = F.adaptive_avg_pool2d(new, size)
+    return ((share > 0) & (share >= F.max_pool2d(share, 3, 1, 1) / 2)).to(new)
+
+
 def edges_of(image: Image.Image) -> Image.Image:
     """The edge picture of a photograph, as a model with the condition "edges" is given it; same size and mode."""
     image = image if image.mode == "L" else image.convert("RGB")

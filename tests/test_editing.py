@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from calotype import shapes
 from calotype.pipeline import latent_rgb
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
-from calotype.pipeline.pictures import to_tensor
+from calotype.pipeline.pictures import fill_hole, new_latents, to_tensor
 from calotype.pipeline.prediction import Conditions, evaluate, in_windows, windows
 from calotype.pipeline.samplers import SAMPLERS, make_scheduler
 
@@ -71,17 +71,51 @@ def test_what_is_not_to_be_new_is_kept(pipe, sampler):
     mask = Image.new("L", (16, 16))
     mask.paste(255, (4, 4, 12, 12))
     new = to_tensor([mask])[0, 0, ::2, ::2] > 0
-    z = code(pipe, picture())
     order = {"image": picture(), "mask": mask, "sampler": sampler, "num_inference_steps": 6}
     found = pipe("red", output_type="latent", **order).images
+    hidden = fill_hole(to_tensor([picture()]), (to_tensor([mask]) > 0).float())
+    with torch.no_grad():
+        z = pipe.vae.encode(hidden).latent_dist.mean
     assert_close(found[..., ~new], z[..., ~new])
     assert (found - z)[..., new].abs().mean() > 0.1
     inside = to_tensor([mask])[0, 0].numpy() > 0
     pasted = pipe("red", output_type="np", **order).images[0]
     np.testing.assert_allclose(pasted[~inside], np.asarray(picture())[~inside] / 255, atol=1e-6)
     assert np.abs(pasted - pipe("red", output_type="np", paste=False, **order).images[0]).max() > 0.01
-    alone = pipe("red", output_type="latent", strength=0.4, **order).images
-    assert (alone - z)[..., new].abs().mean() < (found - z)[..., new].abs().mean()
+    z, near = code(pipe, picture()), pipe("red", output_type="latent", strength=0.4, **order).images
+    assert_close(near[..., ~new], z[..., ~new])
+    assert (near - z)[..., new].abs().mean() < (found - z)[..., new].abs().mean()
+
+
+def test_nothing_of_what_is_hidden_shines_through(pipe):
+    """Pictures that differ in the hole alone are repainted alike."""
+    mask, other = Image.new("L", (16, 16)), picture()
+    mask.paste(255, (3, 5, 11, 12))
+    other.paste((255, 0, 0), (3, 5, 11, 12))
+    a, b = (pipe("red", image=image, mask=mask, output_type="np").images for image in (picture(), other))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_hole_is_filled_from_around_it():
+    x = torch.arange(16.0).expand(1, 3, 16, 16) / 8 - 1
+    new = torch.zeros(1, 1, 16, 16)
+    new[:, :, 5:11, 5:11] = 1
+    filled = fill_hole(x, new)
+    assert_close(torch.where(new > 0, x, filled), x)
+    assert (filled - x).abs().max() < 0.4
+    assert_close(fill_hole(torch.full_like(x, 0.3), new), torch.full_like(x, 0.3))
+    assert_close(fill_hole(x, torch.zeros_like(new)), x)
+    assert torch.isfinite(fill_hole(x, torch.ones_like(new))).all()
+
+
+def test_which_latents_become_new():
+    new = torch.zeros(1, 1, 16, 16)
+    new[:, :, 3:9] = 1  # rows 3 to 8: a quarter of the first cell of four rows, all of the second, one row of the third
+    assert new_latents(new, (4, 4))[0, 0, :, 0].tolist() == [0, 1, 0, 0]
+    stroke = torch.zeros(1, 1, 16, 16)
+    stroke[:, :, 6] = 1
+    assert new_latents(stroke, (4, 4))[0, 0, :, 0].tolist() == [0, 1, 0, 0]
+    assert new_latents(torch.zeros(1, 1, 16, 16), (4, 4)).max() == 0
 
 
 def test_a_blend_of_labels_is_the_blend_of_their_embeddings(pipe):
