@@ -42,7 +42,7 @@ class DiffusionSettings(TrainSettings):
     text_encoder: Maybe[Path] = Field(None, description="folder of a CLIP text encoder to use as it is, not trained")
     text_width: int = Field(128, ge=16, multiple_of=16, description="width of the text encoder that is trained")
     text_layers: int = Field(2, ge=1, description="its layers")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels or captions hidden, for guidance")
+    label_dropout: float = Field(0.05, ge=0, le=1, description="share of labels or captions hidden, for guidance")
 
     objective: Literal["flow", "v", "epsilon", "x0"] = Field("flow", description="what the network learns to predict")
     density: Maybe[Literal["uniform", "logit-normal", "mode"]] = Field(

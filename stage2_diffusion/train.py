@@ -32,6 +32,7 @@ from calotype.stage2_diffusion.preview import Watch, sample_sheet
 
 _VALIDATION_LATENTS = 512
 _EXAMPLE_PROMPTS = 48
+_BETAS = (0.9, 0.95)  # of AdamW; a second moment of 20 steps is 5 % nearer after two minutes than one of 100
 _WIDEST = 0.27  # of a power-function average
 
 
@@ -52,7 +53,7 @@ class DiffusionStage:
         self.identity = self._identity()
         self.net = self._denoiser()
         device.choose_attention(self.net)
-        optimizer = loop.make_optimizer(self.net, settings, settings.lr)
+        optimizer = loop.make_optimizer(self.net, settings, settings.lr, betas=_BETAS)
         self.wrapped, self.optimizer = accelerator.prepare(self.net, optimizer)
         self.models = {name: part for name, part in self.net.named_children() if _is_trained(part)}
         self.optimizers = {"unet": self.optimizer.optimizer}
