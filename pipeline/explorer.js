@@ -19,7 +19,7 @@ function latentExplorer(root, data, backend) {
   let std = null, stale = true, asked = 0; // the deviation (D) there, whether the dot has moved on since, and when we asked
   let eps = new Float64Array(size), vae = false, trail = [], preset = -1, lit = null;
   const sliders = [];
-  let wanted = 0, shown = 0, frames = 0, times = [], running = false;
+  let fresh = true, held = null, wanted = 0, shown = 0, frames = 0, times = [], running = false;
 
   const decimals = (x) => x.toFixed(2).replace("-", "\u2212"); // a minus, not a hyphen
 
@@ -86,7 +86,7 @@ function latentExplorer(root, data, backend) {
     const at = () => Math.min(size, Math.max(1, Math.round(which.value) || 1)) - 1;
     const title = make("span", "", {}, "z", which);
     addSlider(title, "That number of the code", -data.limit / 2, data.limit / 2, () => z[at()], (to) => (z[at()] = to));
-    which.addEventListener("input", () => sliders.forEach((show) => show()));
+    which.addEventListener("input", refresh);
   }
 
   function addPresets() {
@@ -138,7 +138,7 @@ function latentExplorer(root, data, backend) {
 
   function arrived(number, source) {
     choose(number);
-    sliders.forEach((show) => show(source));
+    held = source;
     want();
   }
 
@@ -163,8 +163,18 @@ function latentExplorer(root, data, backend) {
 
   function want() {
     wanted += 1;
-    paint();
+    refresh();
     if (!running) run();
+  }
+
+  function refresh() { // once for each frame of the screen, however often the pointer moves
+    if (!fresh) return;
+    fresh = false;
+    requestAnimationFrame(() => {
+      fresh = true;
+      sliders.forEach((show) => show(held));
+      paint();
+    });
   }
 
   async function run() {
@@ -187,7 +197,7 @@ function latentExplorer(root, data, backend) {
   async function askDeviation() {
     [asked, stale] = [performance.now(), false];
     std = (await backend.deviation(rounded(z))).std;
-    paint();
+    refresh();
   }
 
   const nextFrame = () => new Promise((resolve) => requestAnimationFrame(resolve));
@@ -340,14 +350,16 @@ function latentExplorer(root, data, backend) {
 
   // Hands
 
+  let box = null, half = 1; // where the pad is, while it is held
+
   function follow(event) {
-    const box = pad.getBoundingClientRect(), half = box.width / 2;
     moveTo(((event.clientX - box.left - half) / half) * data.range, ((box.top + half - event.clientY) / half) * data.range);
   }
 
   pad.addEventListener("pointerdown", (event) => {
     pad.setPointerCapture(event.pointerId);
     pad.focus({ preventScroll: true });
+    [box, half] = [pad.getBoundingClientRect(), pad.clientWidth / 2];
     follow(event);
     event.preventDefault();
   });
@@ -370,6 +382,5 @@ function latentExplorer(root, data, backend) {
   new ResizeObserver(resize).observe(pad);
   for (const element of [document.documentElement, document.body]) new MutationObserver(repaint).observe(element, { attributes: true, attributeFilter: ["class"] });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  sliders.forEach((show) => show());
   want();
 }
