@@ -74,6 +74,7 @@ COMMANDS = {
         "calotype.pipeline.interpolate:main",
         "the way from one picture or seed to another",
     ),
+    "push": ("calotype.pipeline.config:PushSettings", "calotype.pipeline.push:main", "send a model folder to the Hub"),
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 

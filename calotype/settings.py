@@ -58,13 +58,17 @@ class ExportSettings(Settings):
     out: Maybe[Path] = Field(None, description="folder of the model (default: RUN/pipeline)")
     guide: Maybe[Path] = Field(None, description="weaker network to be guided away from: a run, or a UNet's folder")
     seed: int = Field(0, ge=0, description="of the sample sheet")
+    stock: bool = Field(False, description="instead a layout that diffusers loads with no flag: RUN/stock")
+    verify: bool = Field(False, description="draw with it by diffusers alone in another process, and compare")
     onnx: bool = Field(False, description="also the networks as ONNX files, checked against torch")
     explorer: bool = Field(False, description="instead a page that explores the latents without a server: RUN/explorer")
     ort: Maybe[Path] = Field(None, description="npm package onnxruntime-web, unpacked, for --explorer")
     download: bool = Field(False, description="let npm fetch onnxruntime-web for --explorer")
 
     @model_validator(mode="after")
-    def _explorer_has_a_runtime(self) -> Self:
+    def _what_does_not_go_together(self) -> Self:
+        if self.stock and (self.onnx or self.explorer or self.guide):
+            raise ValueError("--stock holds what diffusers knows alone; leave --onnx, --explorer and --guide out.")
         if self.explorer and self.ort is None and not self.download:
             raise ValueError(
                 "--explorer needs onnxruntime-web; give --ort DIR with its npm package unpacked, or --download."

@@ -84,3 +84,15 @@ class InterpolateSettings(DrawingSettings):
     label: Maybe[str] = Field(None, description="class name or prompt of the first")
     to_label: Maybe[str] = Field(None, description="of the last (default: as --label)")
     milliseconds: int = Field(80, ge=10, description="that the animation shows each picture")
+
+
+class PushSettings(Settings):
+    """Send a model folder to the Hub; only here is anything ever sent, and the files are listed first."""
+
+    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
+    repository: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="REPOSITORY")]] = Field(
+        description="OWNER/NAME; an account is known from `hf auth login`"
+    )
+    private: bool = Field(False, description="only its owner can see it")
+    licence: Maybe[str] = Field(None, description="for the model card, such as cc-by-4.0")
+    dry_run: bool = Field(False, description="send nothing and write MODEL.push.json")

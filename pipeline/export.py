@@ -16,6 +16,8 @@ from calotype.pipeline import latent_map, latent_rgb, static_explorer
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.pipeline.onnx_export import export_onnx, refuse_missing_extra
 from calotype.pipeline.sample_sheet import sample_sheet
+from calotype.pipeline.stock import stock
+from calotype.pipeline.verify import verify
 
 _FACTS = ("id2label", "default_steps", "default_guidance", "condition", "sampler")
 _LOCAL = {"use_safetensors": True, "local_files_only": True}
@@ -26,19 +28,24 @@ def main(settings) -> None:
     if settings.explorer:
         static_explorer.main(settings)
         return
-    run, out = settings.run, (settings.out or settings.run / "pipeline").resolve()
+    run = settings.run
+    out = (settings.out or run / ("stock" if settings.stock else "pipeline")).resolve()
     _refuse_to_replace(out)
     if settings.onnx:
         refuse_missing_extra("--onnx")
     pipe = assemble(run, settings.guide)
     temporary = out.parent / f".{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary, safe_serialization=True)
+    (stock(pipe) if settings.stock else pipe).save_pretrained(temporary, safe_serialization=True)
     sample_sheet(pipe.to(device.device()), run, settings.seed).save(temporary / "samples.png")
-    (temporary / "README.md").write_text(model_card(pipe, run), encoding="utf-8")
-    latent_map.write(run, pipe.vae, temporary)
+    (temporary / "README.md").write_text(model_card(pipe, run, settings.stock), encoding="utf-8")
+    if not settings.stock:
+        latent_map.write(run, pipe.vae, temporary)
     if settings.onnx:
         export_onnx(pipe, temporary / "onnx")
+    if settings.verify:
+        difference = verify(pipe, temporary, settings.stock)
+        print(f"Verified: two pictures drawn by diffusers alone differ from ours by at most {difference:.1g} of 1.")
     publish(temporary, out)
     print(f"Model: {out}")
 
@@ -129,7 +136,7 @@ def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
     return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
 
 
-def model_card(pipe: LatentDiffusionPipeline, run: Path) -> str:
+def model_card(pipe: LatentDiffusionPipeline, run: Path, stock: bool = False) -> str:
     """The README.md of a model folder."""
     facts = _read(run / "data.json")
     metrics = [
@@ -152,7 +159,7 @@ def model_card(pipe: LatentDiffusionPipeline, run: Path) -> str:
             "",
             *table,
             "",
-            *_example(pipe),
+            *_example(pipe, stock),
             "",
             f"Made with calotype {__version__}.",
             "",
@@ -180,12 +187,17 @@ def _about(pipe: LatentDiffusionPipeline, counts: dict[str, int]) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _example(pipe: LatentDiffusionPipeline) -> list[str]:
+def _example(pipe: LatentDiffusionPipeline, stock: bool) -> list[str]:
     """How to draw with nothing but diffusers."""
     load = 'pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER"'
+    steps = f"num_inference_steps={pipe.default_steps}"
+    guided = f"{steps}, guidance_scale={pipe.default_guidance}"
     if pipe.condition == "text":
-        steps = f"num_inference_steps={pipe.default_steps}, guidance_scale={pipe.default_guidance}"
-        lines = [f"{load})", f'pipe("a prompt", {steps}).images']
+        lines = [f"{load})", f'pipe("a prompt", {guided}).images']
+    elif stock and pipe.labels:
+        lines = [f"{load})", f"pipe(pipe.get_label_ids([{pipe.labels[0]!r}]), {guided}).images"]
+    elif stock:
+        lines = [f"{load})", f"pipe(4, {steps}).images"]
     else:
         label = f"{pipe.labels[0]!r}, " if pipe.labels else ""
         given = "image=picture, " if pipe.takes_image else ""
