@@ -24,6 +24,7 @@ LAUNCH = {
     "footer_links": [],
 }
 QUEUE = {"max_size": 16, "api_open": False}
+MOST_BYTES = 9_000_000  # of any request
 
 
 def main(settings) -> None:
@@ -62,10 +63,15 @@ def open_studio(model: Path):
 
 def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:
     """Launch a page with the house's limits in the background and return its address."""
-    from calotype.demo import page
+    from starlette.middleware import Middleware
 
+    from calotype.demo import page
+    from calotype.demo.door import Door
+
+    guarded = {"app_kwargs": {"middleware": [Middleware(Door, most_bytes=MOST_BYTES)]}}
+    looks = {"theme": page.theme(), "css": page.CSS}
     try:
-        app.launch(server_name=host, server_port=port, inbrowser=inbrowser, theme=page.theme(), css=page.CSS, **LAUNCH)
+        app.launch(server_name=host, server_port=port, inbrowser=inbrowser, **looks, **guarded, **LAUNCH)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); try another --port") from None
     return app.local_url

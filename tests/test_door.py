@@ -1,0 +1,54 @@
+"""The door before Gradio's server, with a real ASGI application behind it."""
+
+import asyncio
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
+
+from calotype.demo.door import Door
+
+
+async def size(request):
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def full(request):
+    return JSONResponse({"detail": "Queue is full."}, 503)
+
+
+def ask(method, path, **more):
+    async def call():
+        door = Door(Starlette(routes=[Route("/size", size, methods=["POST"]), Route("/full", full)]), most_bytes=1000)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://here") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(call())
+
+
+async def endless(count):
+    for _ in range(count):
+        yield b"x" * 100
+
+
+@pytest.mark.parametrize("content, status", [(b"x" * 1000, 200), (b"x" * 1001, 413), (10, 200), (11, 413)])
+def test_a_body_beyond_the_limit_stays_out(content, status):
+    """Whether it is announced or comes in pieces that nobody announced."""
+    content = content if isinstance(content, bytes) else endless(content)
+    answer = ask("POST", "/size", content=content)
+    assert answer.status_code == status
+    assert answer.text == ("1000" if status == 200 else "This is larger than the server takes.")
+
+
+def test_a_full_queue_says_when_to_come_back():
+    answer = ask("GET", "/full")
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    assert answer.json() == {"detail": "Queue is full."}
+    assert "retry-after" not in ask("POST", "/size", content=b"").headers
+
+
+def test_a_length_that_is_no_number_is_not_believed():
+    answer = ask("POST", "/size", content=endless(11), headers={"content-length": "-5"})
+    assert answer.status_code == 413
