@@ -46,6 +46,20 @@ def finished(pictures, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def two_numbers(pictures, tmp_path_factory):
+    """A run that has stage 1 alone: an autoencoder of 12x12 pictures in two numbers, and their latents."""
+    out = tmp_path_factory.mktemp("two") / "numbers"
+    for argv in (
+        ["data", str(pictures), "--image-size", "12", "--out", str(out)],
+        ["train-vae", str(out / "data.json"), "--latent-dim", "2", "--beta", "1", "--lr", "1e-3", "--width", "8"]
+        + ["--steps", "150", "--batch-size", "16", "--precision", "fp32", "--out", str(out / "stage1_vae")],
+        ["encode", str(out / "data.json"), "--vae", str(out / "stage1_vae/vae"), "--out", str(out / "latents")],
+    ):
+        assert cli.main(argv) == 0, argv
+    return out
+
+
 @pytest.fixture
 def run_benchmark():
     """Run one of the benchmarks to its end and insist on success."""
