@@ -10,7 +10,7 @@ import gradio as gr
 
 from calotype.demo import parts
 from calotype.demo.grid import grid_controls, gridding
-from calotype.demo.parts import ANY, MODEL, PRINT, PRIVATE, crisp, for_visitors
+from calotype.demo.parts import ANY, MODEL, PRIVATE, crisp, for_visitors
 from calotype.demo.prints import file_prints, read_facts
 from calotype.demo.studio import MOST_GUIDANCE, MOST_SEED, MOST_STEPS, Request, Studio
 from calotype.demo.uploads import upload_field
@@ -44,10 +44,9 @@ def generate_tab(studio: Studio) -> None:
             grid, draw_grid = grid_controls(studio)
             dropped = upload_field(RESTORE, height=120)
         with gr.Column(scale=3, min_width=360):
-            tray = gr.HTML(parts.empty(WAITING), elem_classes=crisp(studio))
-            looks = PRINT | {"show_label": False, "elem_classes": ["print", crisp(studio)]}
-            gallery = gr.Gallery(visible=False, label="Finished pictures", **looks)
-            status = gr.Markdown(elem_classes="status")
+            tray = parts.tray_field(WAITING, crisp(studio))
+            gallery = parts.gallery_field(studio, "Finished pictures")
+            status = parts.status_line()
     shown = [tray, gallery, status, controls.seed, stop]
     drawing = generate.click(partial(developing, studio), list(controls), shown, api_name="generate", **MODEL)
     gridded = draw_grid.click(partial(gridding, studio), [*grid, *controls], shown, api_name="grid", **MODEL)

@@ -5,7 +5,9 @@ from pathlib import Path
 import gradio as gr
 
 from calotype import report
+from calotype.demo.edit import edit_tab
 from calotype.demo.generate import generate_tab
+from calotype.demo.interpolate import interpolate_tab
 from calotype.demo.parts import escape
 from calotype.demo.reconstruct import reconstruct_tab
 from calotype.demo.run_folder import RunFolder, run_tab
@@ -72,8 +74,13 @@ def model_tabs(studio: Studio) -> None:
     if not studio.pipe.takes_image:
         with gr.Tab("Generate"):
             generate_tab(studio)
+    with gr.Tab("Edit"):
+        edit_tab(studio)
     with gr.Tab("Reconstruct"):
         reconstruct_tab(studio)
+    if not studio.pipe.takes_image:
+        with gr.Tab("Interpolate"):
+            interpolate_tab(studio)
     if studio.explorer is not None:
         explorer_tab(studio.explorer)
 

@@ -44,13 +44,13 @@ def paced(events: Iterator) -> Iterator:
 # Controls
 
 
-def prompt_or_label(pipe, label: str = "Label") -> gr.components.FormComponent:
-    """Where a visitor says what to draw."""
+def prompt_or_label(pipe, nothing: str = "any", **looks) -> gr.components.FormComponent:
+    """Where a visitor says what to draw; `nothing` is how it is called to give no label."""
     if pipe.condition == "text":
-        name = label.replace("Label", "Prompt")
-        return gr.Textbox("", label=name, placeholder="what to draw", max_length=MOST_PROMPT)
-    choices = [("any", ANY), *((label, label) for label in pipe.labels)]
-    return gr.Dropdown(choices, value=ANY, label=label, filterable=True, visible=bool(pipe.labels))
+        return gr.Textbox("", label="Prompt", placeholder="what to draw", max_length=MOST_PROMPT, **looks)
+    choices = [(nothing, ANY), *((label, label) for label in pipe.labels)]
+    looks = {"value": ANY, "filterable": True, "visible": bool(pipe.labels)} | looks
+    return gr.Dropdown(choices, label="Label", **looks)
 
 
 def images_slider(value: int) -> gr.Slider:
@@ -88,6 +88,25 @@ def wire_stop(stop: gr.Button, status: gr.Markdown, running: list) -> None:
     stop.click(lambda: ("Stopped.", gr.update(interactive=False)), None, [status, stop], cancels=running, **PRIVATE)
     for event in running:
         event.then(lambda: gr.update(interactive=False), None, stop, **PRIVATE)
+
+
+# Fields for what comes out
+
+
+def tray_field(words: str, *classes: str) -> gr.HTML:
+    """Where pictures are seen on their way; `words` stand there before."""
+    return gr.HTML(empty(words), label="Preview", elem_classes=list(classes))
+
+
+def gallery_field(studio: Studio, label: str) -> gr.Gallery:
+    """Where finished pictures are, hidden until there are some."""
+    looks = PRINT | {"show_label": False, "elem_classes": ["print", crisp(studio)]}
+    return gr.Gallery(visible=False, label=label, **looks)
+
+
+def status_line(words: str = "") -> gr.Markdown:
+    """What is going on."""
+    return gr.Markdown(words, label="Status", elem_classes="status")
 
 
 # Pictures as HTML: they leave no files behind

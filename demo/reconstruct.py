@@ -31,13 +31,13 @@ def reconstruct_tab(studio: Studio) -> None:
         with gr.Column(scale=2, min_width=320):
             upload = upload_field("A picture of your own", height=250, crisp=crisp(studio))
             own = gr.Button("Or draw one and take that", visible=not studio.pipe.takes_image)
-            note = gr.Markdown(HINT, elem_classes="status")
+            note = parts.status_line(HINT)
             with gr.Row():
                 tile = PRINT | {"visible": False, "min_width": 140, "elem_classes": ["print", "crisp"]}
                 error = gr.Image(label="Where they differ", **tile)
                 code = gr.Image(label=code_title(studio.pipe), **tile)
         with gr.Column(scale=3, min_width=360):
-            tray = gr.HTML(parts.empty("Before and after appear here; drag the line between them."))
+            tray = parts.tray_field("Before and after appear here; drag the line between them.")
             pair = gr.ImageSlider(label="Left the picture, right what comes back of it", format="png",
                                   interactive=False, visible=False, max_height=2000, buttons=["fullscreen"],
                                   elem_classes=["print", crisp(studio)])  # fmt: skip
@@ -59,7 +59,7 @@ def show(studio: Studio, file) -> tuple:
 def show_own(studio: Studio) -> tuple:
     """The same for a picture that the model draws."""
     with for_visitors():
-        request = studio.request("", 1, None, studio.pipe.default_steps, studio.pipe.default_guidance)
+        request = studio.any_request()
         *_, last = studio.develop(request, preview=False)
         (file,) = file_prints(last.images, [studio.facts(request.alone(0))])
     return file, *show(studio, file)

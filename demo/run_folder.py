@@ -15,7 +15,7 @@ from calotype import report
 from calotype.demo.parts import PRIVATE, data_uri
 from calotype.report import PARTS, Sheet
 
-FRAMES = 7
+FRAMES = 5
 LIVE_SECONDS = 90  # without a new line from which on a run counts as at rest
 TICK_SECONDS = 3
 _HERE = Path(__file__).parent

@@ -95,6 +95,10 @@ class Studio:
             fast=bool(fast),
         )
 
+    def any_request(self) -> Request:
+        """An order for one picture as the model likes it."""
+        return self.request("", 1, None, self.pipe.default_steps, min(self.pipe.default_guidance, MOST_GUIDANCE))
+
     def _refuse_label(self, label) -> None:
         """A prompt is any short text, a label one of those that the model knows."""
         if self.pipe.condition == "text":
@@ -155,6 +159,11 @@ class Studio:
         with self.working() as pipe:
             yield from pipe.stream(**asdict(request), **more)
 
+    def develop_from(self, request: Request, labels: list, noise: Tensor) -> Iterator:
+        """The sampler's events from noise (B, c, h, w), each picture told its label or blend of labels."""
+        with self.working() as pipe:
+            yield from pipe.stream(labels, len(noise), latents=noise, **_how(request))
+
     def develop_cells(self, cells: list[Request]) -> Iterator[Progress]:
         """Draw orders of one picture each; neighbours that differ in label and seed alone are drawn as one batch."""
         total = refuse_long(cells)
@@ -168,10 +177,9 @@ class Studio:
             start += len(batch)
             done += batch[0].num_inference_steps
 
-    def picture(self, file, size: tuple[int, int] | None = None) -> Image.Image:
-        """An upload as the model is given it; raises UserError where there is none that can be read."""
-        picture = open_picture(file, channels=self.pipe.image_channels)
-        return fit_image(picture, size or self.pipe.image_size, "crop")
+    def picture(self, file) -> Image.Image:
+        """An upload at the model's size; raises UserError where there is none that can be read."""
+        return fit_image(open_picture(file, channels=self.pipe.image_channels), self.pipe.image_size, "crop")
 
     def encode(self, picture: Image.Image) -> Tensor:
         """The code z (c, h, w) of a picture of the model's size."""
@@ -194,6 +202,11 @@ def refuse_long(cells: list[Request]) -> int:
             f"the grid takes {total:,} steps, {MOST_EVALUATIONS:,} are the most; give fewer or shorter ones"
         )
     return total
+
+
+def _how(request: Request) -> dict:
+    """The fields of an order that do not say what is drawn."""
+    return {name: value for name, value in asdict(request).items() if name not in ("label", "num_images", "seed")}
 
 
 def _batches(cells: list[Request]) -> list[list[Request]]:
