@@ -269,3 +269,13 @@ def test_the_map_to_colours_is_found(finished):
     z = pipe.encode_images(images)
     full, glance = (pipe.decode_latents(z, "pt", decoder) for decoder in ("full", "linear"))
     assert (glance - full).square().mean() < 0.9 * (full.mean((0, 2, 3), keepdim=True) - full).square().mean()
+
+
+def test_the_progress_bar_counts_the_steps_and_can_be_silenced(capfd):
+    pipe = pipeline(tiny_unet(classes=3), id2label=NAMES)
+    pipe.set_progress_bar_config(disable=False)
+    pipe("red", num_inference_steps=7)
+    assert "7/7" in capfd.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe("red", num_inference_steps=7)
+    assert "7/7" not in capfd.readouterr().err
