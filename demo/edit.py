@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image, ImageDraw
 
 from calotype.demo import parts
-from calotype.demo.parts import MODEL, crisp, for_visitors
+from calotype.demo.parts import MODEL, PRIVATE, crisp, for_visitors
 from calotype.demo.prints import file_prints
 from calotype.demo.studio import Request, Studio, clamp
 from calotype.demo.uploads import Canvas, open_picture, strokes, upload_field
@@ -32,7 +32,7 @@ REGIONS = {
 CANVAS = 512  # pixels of the longer side to brush on
 HEIGHT = 440  # of the field around it, on the screen
 COVERED = 64  # of 255: how much of a pixel must be brushed
-STRENGTH = 0.6
+STRENGTH, REPAINTED = 0.6, 1.0  # of a picture as a whole, and of a part of it
 VERBS = {"inpaint": "Fill it in", "edges": "Draw from the edges", "superres": "Enlarge"}
 
 
@@ -92,8 +92,9 @@ def all_controls(studio: Studio) -> tuple[list[gr.components.Component], gr.Butt
     with gr.Group():
         regions = [BRUSHED, *([] if kind == "inpaint" else [ALL]), *REGIONS]
         region = gr.Dropdown(regions, value=BRUSHED, label="It becomes new", visible=kind in ("", "inpaint"))
-        strength = gr.Slider(0, 1, value=STRENGTH, step=0.01, label="Strength: 1 is all new",
+        strength = gr.Slider(0, 1, value=REPAINTED, step=0.01, label="Strength: 1 is all new",
                              visible=kind == "", buttons=[])  # fmt: skip
+        region.input(lambda where: STRENGTH if where == ALL else REPAINTED, region, strength, **PRIVATE)
         edges = gr.Checkbox(True, label="Take the edges of the picture", visible=kind == "edges")
         label = parts.prompt_or_label(studio.pipe, nothing="none")
         count = parts.images_slider(4)
@@ -199,7 +200,7 @@ def mask_of(studio: Studio, region, brushed: Image.Image | None) -> Image.Image 
         return None if brushed is None else shrunk(brushed, (width, height))
     if region == ALL:
         return None
-    if region not in REGIONS:
+    if not isinstance(region, str) or region not in REGIONS:
         raise UserError(f"{str(region)[:40]!r} is no region; choose one from the list")
     left, top, right, bottom = REGIONS[region]
     mask = Image.new("L", (width, height))
