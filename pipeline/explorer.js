@@ -98,6 +98,12 @@ function latentExplorer(root, data, backend) {
       button.addEventListener("click", () => encode(i));
       presets.append(button);
     });
+    const centre = make("button", "chip", { type: "button" }, data.axes === "code" ? "go to 0, 0" : "go to the mean");
+    centre.addEventListener("click", () => {
+      z.set(mean);
+      moved();
+    });
+    root.firstChild.append(centre);
   }
 
   function addLegend() {
