@@ -1,5 +1,6 @@
 """The tab Generate: from noise to pictures, with everything on the way in sight."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -147,6 +148,7 @@ def welcome(studio: Studio, facts: dict[str, str]) -> str:
 def number(text: str | None, low: float, high: float, otherwise: float) -> float:
     """The number that a picture carries, moved into its range; `otherwise` where it carries none."""
     try:
-        return min(max(float(text), low), high)
+        value = float(text)
     except (TypeError, ValueError):
         return otherwise
+    return otherwise if math.isnan(value) else min(max(value, low), high)

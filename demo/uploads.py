@@ -5,7 +5,8 @@ from pathlib import Path
 
 import gradio as gr
 from gradio.components.base import server
-from gradio.components.image_editor import AcceptBlobs, EditorData
+from gradio.components.image_editor import EditorData
+from gradio.data_classes import DataWithFiles
 from PIL import Image, ImageChops
 
 from calotype.errors import UserError
@@ -41,14 +42,20 @@ def _sketch(canvas, payload: EditorData | None) -> dict | None:
 
 
 @server
-def _accept_blobs(canvas, data: AcceptBlobs) -> None:
-    """Keep one layer of a sketch until its request comes; what is too large or too much is left out."""
-    index = data.data.get("index")
-    fits = index in (None, "", "null") or (index.isdigit() and int(index) < MOST_LAYERS)
-    if data.files and len(data.files[0][1]) <= MOST_BYTES and fits:
+def _accept_blobs(canvas, data: DataWithFiles) -> None:
+    """Keep one layer of a sketch until its request comes; what is too large, too much or not one is left out."""
+    if _is_layer(data):
         gr.ImageEditor.accept_blobs(canvas, data)
     while len(canvas.blob_storage) > MOST_SKETCHES:
         canvas.blob_storage.pop(next(iter(canvas.blob_storage)), None)
+
+
+def _is_layer(data) -> bool:
+    if not isinstance(data, DataWithFiles) or not {"type", "index", "id"} <= data.data.keys():
+        return False
+    index = data.data["index"]
+    placed = index in ("", "null") or (index.isdecimal() and int(index) < MOST_LAYERS)
+    return placed and len(data.files) == 1 and len(data.files[0][1]) <= MOST_BYTES
 
 
 _accept_blobs.__name__ = "accept_blobs"  # as the browser calls it
