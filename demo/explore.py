@@ -58,10 +58,11 @@ class Explorer:
 
     @classmethod
     def of_run(cls, run: Path) -> "Explorer | None":
-        """The explorer of a run's autoencoder; None where its latents are not all there."""
-        if not (run / "latents" / "index.json").is_file():
+        """The explorer of a run's autoencoder; None where its latents are not there, or not there yet."""
+        try:
+            return cls(*open_run(run))
+        except UserError:
             return None
-        return cls(*open_run(run))
 
     def frame(self, z: Any) -> dict[str, str]:
         """The picture decoded at z, a list of D numbers, as an address that holds it."""

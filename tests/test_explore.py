@@ -122,6 +122,18 @@ def test_nonsense_is_answered_without_a_server_error(server):
         assert answer.status_code == 200 and list(answer.json()) == [word]
 
 
+def test_a_run_that_trains_anew_has_no_explorer_until_its_latents_are_there(two_numbers, tmp_path):
+    from calotype.demo.explore import Explorer
+
+    assert Explorer.of_run(tmp_path) is None
+    for part in ("latents", "stage1_vae/vae"):
+        shutil.copytree(two_numbers / part, tmp_path / part)
+    assert Explorer.of_run(tmp_path) is not None
+    with (tmp_path / "stage1_vae/vae/config.json").open("a") as file:
+        file.write("\n")  # other weights, for all that a hash can tell
+    assert Explorer.of_run(tmp_path) is None
+
+
 def test_a_model_folder_has_the_tab_only_with_a_map(finished, tmp_path):
     def tabs(model):
         blocks = app.build(model, str(tmp_path))
