@@ -1,14 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test browser lint format clean
 
 # A model of coloured shapes in a few minutes on a CPU; then says where everything is and what to type next.
 quickstart: .venv/installed
 	$(BIN)/calotype run shapes --preset tiny --out runs/quickstart
 
-test: .venv/installed-dev
+test: .venv/installed-dev browser
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+# Debian's Chromium for the tests of the demo, where it is missing and may be installed; without it they are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 || \
+	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1; }; } || \
+	echo "No Chromium, and it cannot be installed here: the tests of the demo in a browser will be SKIPPED."
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
