@@ -31,6 +31,7 @@ from calotype.stage2_diffusion.train import DiffusionStage
 
 VARIANTS: dict[str, list[str]] = {
     "flow": [],
+    "flow, times about the middle": ["--time-mean", "0"],
     "flow, uniform times": ["--density", "uniform"],
     "flow, mode times": ["--density", "mode"],
     "flow, EDM weights and times": ["--weighting", "edm", "--time-mean", "-1.2", "--time-std", "1.2"],

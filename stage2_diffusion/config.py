@@ -49,7 +49,9 @@ class DiffusionSettings(TrainSettings):
     density: Maybe[Literal["uniform", "logit-normal", "mode"]] = Field(
         None, description="of the times (default: logit-normal for flow, uniform for the rest)"
     )
-    time_mean: float = Field(0.0, description="of the normal number whose sigmoid is a logit-normal time; above 0 is nearer noise")
+    time_mean: float = Field(
+        0.0, description="of the normal number whose sigmoid is a logit-normal time; above 0 is nearer noise"
+    )
     time_std: float = Field(1.0, gt=0, description="its deviation")
     weighting: Literal["none", "min-snr", "edm", "uncertainty"] = Field("none", description="of the errors, by time")
     zero_terminal_snr: bool = Field(False, description="noise without a trace of the picture at the end (v, x0)")
