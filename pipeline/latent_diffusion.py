@@ -275,7 +275,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sampler=None if order.fast else order.sampler or self.config.sampler,
             decoder=decoder or "full",
             preview=order.preview if isinstance(order.preview, str) else order.preview and (decoder or self._cheapest),
-            strength=(1.0 if order.mask else _STRENGTH) if changes and order.strength is None else order.strength,
+            strength=(_STRENGTH if order.mask is None else 1.0) if changes and order.strength is None else order.strength,
             height=height,
             width=width,
         )
