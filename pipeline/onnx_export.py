@@ -131,8 +131,8 @@ def unet_part(pipe: LatentDiffusionPipeline) -> Part:
 
 def _write(part: Part, file: Path) -> None:
     """One ONNX file without the paths of this machine, which the exporter notes at every node."""
-    names, batch = list(part.inputs), torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in names)
+    names = list(part.inputs)
+    shapes = tuple({0: "batch"} for _ in names)  # by name alone: it may be used where it is compared with something
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -26,7 +26,7 @@ def close(a, b):
     assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 70])
 @torch.no_grad()
 def test_a_model_of_classes_in_onnxruntime_is_the_model_in_diffusers(of_classes, count):
     pipe, folder = of_classes
@@ -65,6 +65,17 @@ def test_vq_decodes_the_nearest_code_and_encodes_without_quantising(tmp_path):
         (made,) = run(tmp_path / "decoder.onnx", z=z)
         close(made, vae.decode(z).sample)
         close(run(tmp_path / "decoder.onnx", z=vae.quantize(z)[0])[0], made)
+
+
+@torch.no_grad()
+def test_a_small_codebook_takes_any_batch(tmp_path):
+    """torch.cdist goes different ways for few and for many vectors; an exporter must not settle for one of them."""
+    torch.manual_seed(0)
+    vae = VQModel(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), num_vq_embeddings=16).eval()
+    onnx_export.export_parts(onnx_export.autoencoder_parts(vae, (4, 4, 4), (4, 4))[:1], tmp_path)
+    for count in (1, 2, 70):
+        z = torch.randn(count, 4, 4, 4) / 16
+        close(run(tmp_path / "decoder.onnx", z=z)[0], vae.decode(z).sample)
 
 
 @torch.no_grad()
