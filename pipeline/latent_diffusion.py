@@ -267,6 +267,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         steps = self.config.student_steps if order.fast else self.default_steps
         changes = order.image is not None and not self.takes_image
         decoder = order.decoder or ("tiny" if order.fast and self.tiny_decoder is not None else None)
+        strength = _STRENGTH if order.mask is None else 1.0
         height, width = self._size(order)
         return order._replace(
             num_inference_steps=order.num_inference_steps or steps,
@@ -275,7 +276,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sampler=None if order.fast else order.sampler or self.config.sampler,
             decoder=decoder or "full",
             preview=order.preview if isinstance(order.preview, str) else order.preview and (decoder or self._cheapest),
-            strength=(_STRENGTH if order.mask is None else 1.0) if changes and order.strength is None else order.strength,
+            strength=strength if changes and order.strength is None else order.strength,
             height=height,
             width=width,
         )
