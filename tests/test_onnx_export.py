@@ -72,7 +72,8 @@ def test_a_small_codebook_takes_any_batch(tmp_path):
     """torch.cdist goes different ways for few and for many vectors; an exporter must not settle for one of them."""
     torch.manual_seed(0)
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = VQModel(**levels, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, num_vq_embeddings=16).eval()
+    levels |= {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    vae = VQModel(**levels, latent_channels=4, num_vq_embeddings=16).eval()
     onnx_export.export_parts(onnx_export.autoencoder_parts(vae, (4, 4, 4), (8, 8))[:1], tmp_path)
     for count in (1, 2, 70):
         z = torch.randn(count, 4, 4, 4) / 16
