@@ -1,8 +1,6 @@
 """The tab Edit: a picture changed as a whole, repainted where it is brushed, or drawn from the one that is given."""
 
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -63,9 +61,9 @@ def edit_tab(studio: Studio) -> None:
             gallery = parts.gallery_field(studio, "Edited pictures")
             status = parts.status_line()
     controls = Controls(sketch, *fields)
-    shown = [tray, gallery, status, controls.seed, stop]
-    running = begin.click(partial(editing, studio), list(controls), shown, api_name="edit", **MODEL)
-    parts.wire_stop(stop, status, [running])
+    shown, halt = [tray, gallery, status, controls.seed, stop], gr.State(parts.Halt())
+    running = begin.click(partial(editing, studio), [*controls, halt], shown, api_name="edit", **MODEL)
+    parts.wire_stop(stop, halt, [running])
 
 
 def sketch_field(studio: Studio) -> gr.components.Component:
@@ -138,25 +136,20 @@ def on_canvas(studio: Studio, picture: Image.Image) -> dict:
 
 
 def editing(
-    studio: Studio, sketch, region, strength, edges, label, count, seed, roll, steps, guidance
+    studio: Studio, sketch, region, strength, edges, label, count, seed, roll, steps, guidance, halt=None
 ) -> Iterator[tuple]:
     """Previews while the sampler runs, then the gallery; being closed stops the sampler at the step it is in."""
     with for_visitors():
         request = studio.request(label, count, None if roll else seed, steps, guidance)
         request = replace(request, label=label or None)  # no label is none here, not any
         order = order_of(studio, sketch, region, strength, edges)
-        began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
-        yield gr.skip(), gr.skip(), "Starting …", request.seed, can_stop
-        with closing(studio.develop(request, **order)) as events:
-            for event in parts.paced(events):
-                if event.step < event.steps:
-                    preview = gr.update(value=parts.tray(event.images, event.step / event.steps), visible=True)
-                    yield preview, hidden, f"Step {event.step} of {event.steps}", request.seed, can_stop
+        done = yield from parts.watching(studio.develop(request, **order), halt, parts.tray, request.seed)
+        if done is None:
+            return
         facts = [how(studio, request.alone(i), order, region) for i in range(request.num_images)]
-        files = file_prints(event.images, facts)
-        finished = gr.update(value=files, columns=parts.columns_for(len(files)), visible=True)
-        note = f"Seed {request.seed} · {event.steps} steps · {time.monotonic() - began:.1f} s"
-        yield hidden, finished, note, request.seed, gr.update(interactive=False)
+        gallery = parts.gallery_of(file_prints(done.images, facts))
+        note = f"Seed {request.seed} · {done.steps} steps · {done.seconds:.1f} s"
+        yield gr.update(visible=False), gallery, note, request.seed, gr.update(interactive=False)
 
 
 def how(studio: Studio, request: Request, order: dict, region: str) -> dict:

@@ -1,9 +1,7 @@
 """The tab Generate: from noise to pictures, with everything on the way in sight."""
 
 import math
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -48,10 +46,10 @@ def generate_tab(studio: Studio) -> None:
             tray = parts.tray_field(WAITING, crisp(studio))
             gallery = parts.gallery_field(studio, "Finished pictures")
             status = parts.status_line()
-    shown = [tray, gallery, status, controls.seed, stop]
-    drawing = generate.click(partial(developing, studio), list(controls), shown, api_name="generate", **MODEL)
-    gridded = draw_grid.click(partial(gridding, studio), [*grid, *controls], shown, api_name="grid", **MODEL)
-    parts.wire_stop(stop, status, [drawing, gridded])
+    shown, halt = [tray, gallery, status, controls.seed, stop], gr.State(parts.Halt())
+    drawing = generate.click(partial(developing, studio), [*controls, halt], shown, api_name="generate", **MODEL)
+    gridded = draw_grid.click(partial(gridding, studio), [*grid, *controls, halt], shown, api_name="grid", **MODEL)
+    parts.wire_stop(stop, halt, [drawing, gridded])
     controls.fast.input(partial(switched, studio), controls.fast, list(controls[4:7]), **PRIVATE)
     restoring = partial(restore, studio)
     dropped.upload(restoring, dropped, [*controls, status], api_name="restore", show_progress="hidden")
@@ -80,25 +78,19 @@ def all_controls(studio: Studio) -> tuple[Controls, gr.Button, gr.Button]:
 
 
 def developing(
-    studio: Studio, label, count, seed, roll, steps, guidance, sampler=ANY, low=0, high=1, rescale=0, fast=False
-) -> Iterator[tuple]:
+    studio: Studio, label, count, seed, roll, steps, guidance,
+    sampler=ANY, low=0, high=1, rescale=0, fast=False, halt=None,
+) -> Iterator[tuple]:  # fmt: skip
     """Previews while the sampler runs, then the gallery; being closed stops the sampler at the step it is in."""
     with for_visitors():
-        request = studio.request(
-            label, count, None if roll else seed, steps, guidance, sampler, low, high, rescale, fast
-        )
-        began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
-        yield gr.skip(), gr.skip(), "Starting …", request.seed, can_stop
-        with closing(studio.develop(request)) as events:
-            for event in parts.paced(events):
-                if event.step < event.steps:
-                    preview = gr.update(value=parts.tray(event.images, event.step / event.steps), visible=True)
-                    yield preview, hidden, f"Step {event.step} of {event.steps}", request.seed, can_stop
-        finished = gr.update(
-            value=titled(studio, request, event.images), columns=parts.columns_for(len(event.images)), visible=True
-        )
-        note = f"Seed {request.seed} · {event.steps} steps · {time.monotonic() - began:.1f} s"
-        yield hidden, finished, note, request.seed, gr.update(interactive=False)
+        seed = None if roll else seed
+        request = studio.request(label, count, seed, steps, guidance, sampler, low, high, rescale, fast)
+        done = yield from parts.watching(studio.develop(request), halt, parts.tray, request.seed)
+        if done is None:
+            return
+        gallery = parts.gallery_of(titled(studio, request, done.images))
+        note = f"Seed {request.seed} · {done.steps} steps · {done.seconds:.1f} s"
+        yield gr.update(visible=False), gallery, note, request.seed, gr.update(interactive=False)
 
 
 def titled(studio: Studio, request: Request, images: list) -> list[tuple[str, str]]:

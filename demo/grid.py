@@ -1,9 +1,7 @@
 """The grid: one setting along the rows, another along the columns, drawn in one go."""
 
 import itertools
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +13,7 @@ from PIL import Image
 from calotype.demo import parts
 from calotype.demo.parts import PRIVATE, for_visitors
 from calotype.demo.prints import file_prints
-from calotype.demo.studio import MOST_GUIDANCE, MOST_PROMPT, MOST_STEPS, Request, Studio, clamp, refuse_long
+from calotype.demo.studio import MOST_GUIDANCE, MOST_PROMPT, MOST_STEPS, Progress, Request, Studio, clamp
 from calotype.errors import UserError
 from calotype.images import image_grid, to_uint8
 
@@ -82,29 +80,30 @@ def shown_fields(names: tuple[str, ...], rows: str, columns: str) -> list:
 
 def gridding(
     studio: Studio, rows, columns, labels, seeds, steps_list, guidance_list,
-    label, count, seed, roll, steps, guidance, sampler, low, high, rescale, fast,
+    label, count, seed, roll, steps, guidance, sampler, low, high, rescale, fast, halt=None,
 ) -> Iterator[tuple]:  # fmt: skip
     """The grid filling up, then the sheet and every picture as files; being closed stops the sampler."""
     with for_visitors():
-        base = studio.request(label, 1, None if roll else seed, steps, guidance, sampler, low, high, rescale, fast)
-        base = base.alone(0)
+        seed = None if roll else seed
+        base = studio.request(label, 1, seed, steps, guidance, sampler, low, high, rescale, fast).alone(0)
         values = {"labels": labels, "seeds": seeds, "steps": steps_list, "guidance": guidance_list}
-        down, across = (axis(studio, base, name, values) for name in (rows, columns))
-        if rows == columns:
-            raise UserError(f"rows and columns both vary {rows}; choose two different settings")
+        down, across = sides(studio, base, rows, columns, values)
         cells = cells_of(base, down, across)
-        began, can_stop = time.monotonic(), gr.update(interactive=True)
-        refuse_long(cells)
-        yield gr.skip(), gr.skip(), "Starting …", base.seed, can_stop
-        with closing(studio.develop_cells(cells)) as events:
-            for progress in parts.paced(events):
-                picture = table(down, across, progress.images, progress.done / progress.total)
-                note = f"Step {progress.done} of {progress.total}"
-                yield gr.update(value=picture, visible=True), gr.update(visible=False), note, base.seed, can_stop
-        finished = gr.update(value=files(studio, cells, down, across, progress.images), columns=6, visible=True)
-        note = f"{len(cells)} pictures · {progress.total} steps · {time.monotonic() - began:.1f} s"
-        shown = gr.update(value=table(down, across, progress.images), visible=True)
-        yield shown, finished, note, base.seed, gr.update(interactive=False)
+        events = studio.develop_cells(cells)
+        done = yield from parts.watching(events, halt, partial(table, down, across), base.seed)
+        if done is None:
+            return
+        gallery = parts.gallery_of(files(studio, cells, down, across, done.images), columns=6)
+        note = f"{len(cells)} pictures · {done.steps} steps · {done.seconds:.1f} s"
+        shown = gr.update(value=table(down, across, Progress(1, 1, done.images)), visible=True)
+        yield shown, gallery, note, base.seed, gr.update(interactive=False)
+
+
+def sides(studio: Studio, base: Request, rows, columns, values: dict) -> tuple[Axis, Axis]:
+    """What varies along the rows and along the columns; raises UserError where it is the same."""
+    if rows == columns:
+        raise UserError(f"rows and columns both vary {str(rows)[:40]!r}; choose two different settings")
+    return axis(studio, base, rows, values), axis(studio, base, columns, values)
 
 
 def axis(studio: Studio, base: Request, name: str, values: dict) -> Axis:
@@ -152,16 +151,16 @@ def cells_of(base: Request, down: Axis, across: Axis) -> list[Request]:
     return [replace(base, **{down.field: row, across.field: column}) for row, column in pairs]
 
 
-def table(down: Axis, across: Axis, images: list[Image.Image | None], share: float | None = None) -> str:
-    """The grid as HTML with a title for each row and column; `share` of it is done, None for all."""
+def table(down: Axis, across: Axis, progress: Progress) -> str:
+    """The grid as HTML with a title for each row and column, without a loss when all is done."""
     head = "".join(f"<b>{parts.escape(title)}</b>" for title in across.titles)
-    width, rows = len(across.values), []
+    width, rows, ready = len(across.values), [], progress.done == progress.total
     for i, title in enumerate(down.titles):
         names = (f"{title}, {other}" for other in across.titles)
-        pictures = images[i * width : (i + 1) * width]
-        cells = "".join(parts.cell(*pair, lossless=share is None) for pair in zip(pictures, names, strict=True))
+        pictures = progress.images[i * width : (i + 1) * width]
+        cells = "".join(parts.cell(*pair, lossless=ready) for pair in zip(pictures, names, strict=True))
         rows.append(f"<b>{parts.escape(title)}</b>{cells}")
-    done = "" if share is None else parts.bar(share)
+    done = "" if ready else parts.bar(progress.done / progress.total)
     return f'<div class="tray grid" style="--columns: {width}">{done}<i></i>{head}{"".join(rows)}</div>'
 
 

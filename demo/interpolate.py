@@ -1,8 +1,6 @@
 """The tab Interpolate: the way from one picture or seed to another, and sums of codes."""
 
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +14,6 @@ from calotype.demo.prints import file_animation
 from calotype.demo.studio import MOST_IMAGES, MOST_SEED, Studio, clamp
 from calotype.demo.uploads import upload_field
 from calotype.demo.walks import Walk, walking
-from calotype.errors import UserError
 
 
 class Controls(NamedTuple):
@@ -43,9 +40,9 @@ def interpolate_tab(studio: Studio) -> None:
             motion = gr.Image(label="Moving", visible=False, elem_classes=["print", crisp(studio)], **PRINT)
             status = parts.status_line()
     film = gr.HTML(label="Film strip", elem_classes=crisp(studio), apply_default_css=False)
-    shown = [tray, motion, film, status, stop]
-    running = begin.click(partial(interpolating, studio), list(controls), shown, api_name="interpolate", **MODEL)
-    parts.wire_stop(stop, status, [running])
+    shown, halt = [tray, motion, status, film, stop], gr.State(parts.Halt())
+    running = begin.click(partial(interpolating, studio), [*controls, halt], shown, api_name="interpolate", **MODEL)
+    parts.wire_stop(stop, halt, [running])
     arithmetic_section(studio)
 
 
@@ -73,7 +70,7 @@ def end_controls(studio: Studio, name: str, seed: int) -> tuple:
 
 
 def interpolating(
-    studio: Studio, seed_a, label_a, picture_a, seed_b, label_b, picture_b, count, steps, guidance
+    studio: Studio, seed_a, label_a, picture_a, seed_b, label_b, picture_b, count, steps, guidance, halt=None
 ) -> Iterator[tuple]:
     """The pictures as they come, then the animation and the film strip; being closed stops the work at its step."""
     with for_visitors():
@@ -81,19 +78,14 @@ def interpolating(
             a=end_of(studio, seed_a, picture_a),
             b=end_of(studio, seed_b, picture_b),
             labels=(label_of(studio, label_a), label_of(studio, label_b)),
-            request=studio.request("", count, 0, steps, guidance),
+            request=studio.request("", clamp("pictures", count, 2, MOST_IMAGES), 0, steps, guidance),
         )
-        if walk.request.num_images < 2:
-            raise UserError("a way has at least 2 pictures, its ends")
-        began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
-        yield gr.skip(), gr.skip(), gr.skip(), "Starting …", can_stop
-        with closing(walking(studio, walk)) as events:
-            for done, total, images in parts.paced(events):
-                shown = gr.update(value=parts.tray(images, done / total), visible=True)
-                yield shown, hidden, gr.skip(), f"Step {done} of {total}", can_stop
-        file = file_animation(images, "calotype-interpolation")
-        note = f"{len(images)} pictures · {time.monotonic() - began:.1f} s"
-        yield hidden, gr.update(value=file, visible=True), film_of(images), note, gr.update(interactive=False)
+        done = yield from parts.watching(walking(studio, walk), halt, parts.tray, gr.skip())
+        if done is None:
+            return
+        motion = gr.update(value=file_animation(done.images, "calotype-interpolation"), visible=True)
+        note = f"{len(done.images)} pictures · {done.seconds:.1f} s"
+        yield gr.update(visible=False), motion, note, film_of(done.images), gr.update(interactive=False)
 
 
 def end_of(studio: Studio, seed, picture) -> int | Image.Image:

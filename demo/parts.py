@@ -4,13 +4,14 @@ import base64
 import io
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import gradio as gr
 from PIL import Image
 
-from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Studio
+from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Progress, Studio
 from calotype.errors import UserError
 
 ANY = ""  # the value behind "any"; no label is empty
@@ -29,15 +30,55 @@ def for_visitors():
         raise gr.Error(str(error), print_exception=False) from None
 
 
-def paced(events: Iterator) -> Iterator:
-    """The events that are worth showing: one every PREVIEW_SECONDS, and always the last."""
-    shown, event = time.monotonic(), None
+class Halt:
+    """Whether a visitor wants the drawing under way to stop; each has one of these."""
+
+    def __init__(self):
+        self.wanted = False
+
+
+class Finished(NamedTuple):
+    """What a drawing came to, and how long it took."""
+
+    images: list[Image.Image]
+    steps: int
+    seconds: float
+
+
+def watching(
+    events: Iterator[Progress], halt: Halt | None, show: Callable[[Progress], str], third=None
+) -> Generator[tuple, None, Finished | None]:
+    """What a tab shows while pictures develop: preview, finished ones, status, a `third` thing, the Stop button.
+
+    Returns what came of it, or None where it was halted; being closed closes `events`.
+    """
+    halt = halt or Halt()
+    halt.wanted = False
+    began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
+    yield gr.skip(), gr.skip(), "Starting …", third, can_stop
+    with closing(events):
+        for progress in paced(events, halt):
+            if progress.done < progress.total:
+                preview = gr.update(value=show(progress), visible=True)
+                yield preview, hidden, f"Step {progress.done} of {progress.total}", third, can_stop
+    if halt.wanted:
+        note = f"Stopped at step {progress.done} of {progress.total}."
+        yield gr.skip(), gr.skip(), note, third, gr.update(interactive=False)
+        return None
+    return Finished(progress.images, progress.total, time.monotonic() - began)
+
+
+def paced(events: Iterator, halt: Halt) -> Iterator:
+    """The events that are worth showing: one every PREVIEW_SECONDS and the last, which comes early if it is halted."""
+    shown = time.monotonic()
     for event in events:
-        if time.monotonic() - shown > PREVIEW_SECONDS:
+        waiting = time.monotonic() - shown < PREVIEW_SECONDS
+        if not waiting:
             shown = time.monotonic()
             yield event
-            event = None
-    if event is not None:
+        if halt.wanted:
+            break
+    if waiting:
         yield event
 
 
@@ -83,9 +124,14 @@ def two_buttons(name: str) -> tuple[gr.Button, gr.Button]:
     return begin, stop
 
 
-def wire_stop(stop: gr.Button, status: gr.Markdown, running: list) -> None:
-    """Stop cancels what runs; however that ends, there is nothing left to stop."""
-    stop.click(lambda: ("Stopped.", gr.update(interactive=False)), None, [status, stop], cancels=running, **PRIVATE)
+def wire_stop(stop: gr.Button, halt: gr.State, running: list) -> None:
+    """The drawing ends itself at its next step; however it ends, there is nothing left to stop."""
+
+    def order(halt: Halt):
+        halt.wanted = True
+        return gr.update(interactive=False)
+
+    stop.click(order, halt, stop, **PRIVATE)
     for event in running:
         event.then(lambda: gr.update(interactive=False), None, stop, **PRIVATE)
 
@@ -104,6 +150,11 @@ def gallery_field(studio: Studio, label: str) -> gr.Gallery:
     return gr.Gallery(visible=False, label=label, **looks)
 
 
+def gallery_of(files: list, columns: int | None = None) -> dict:
+    """What puts finished files into a gallery."""
+    return gr.update(value=files, columns=columns or columns_for(len(files)), visible=True)
+
+
 def status_line(words: str = "") -> gr.Markdown:
     """What is going on."""
     return gr.Markdown(words, label="Status", elem_classes="status")
@@ -117,11 +168,11 @@ def empty(words: str) -> str:
     return f'<div class="tray empty"><p>{escape(words)}</p></div>'
 
 
-def tray(images: list[Image.Image | None], share: float, columns: int | None = None) -> str:
+def tray(progress: Progress) -> str:
     """Pictures on their way, with how much is done."""
-    columns = columns or columns_for(len(images))
-    pictures = "".join(map(cell, images))
-    return f'<div class="tray" style="--columns: {columns}">{bar(share)}{pictures}</div>'
+    pictures = "".join(map(cell, progress.images))
+    columns = columns_for(len(progress.images))
+    return f'<div class="tray" style="--columns: {columns}">{bar(progress.done / progress.total)}{pictures}</div>'
 
 
 def bar(share: float) -> str:

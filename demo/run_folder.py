@@ -62,10 +62,21 @@ class RunFolder:
         stages = [report.read_stage(self.folder / stage) for stage in _STAGES]
         files = [report.read_json(self.folder / name) for name in ("data.json", "metrics.json", "run.json")]
         figures = report.headline(*files[:2], *stages, files[2])
-        state = {"live": self.is_live(), "words": _words(files[2], stages, self.is_live())}
+        state = {"live": self.is_live(), "words": self._words(files[2], stages)}
         parts = _template().module
         strips = [list(filter(None, map(_frame, report.spread(stage.sheets, FRAMES)))) for stage in stages]
         return Contents(parts.heading(*stages, figures, state), parts.films(*strips), parts.charts(*stages))
+
+    def _words(self, log: dict, stages: list[report.Stage]) -> str:
+        """Where the run is, in a few words."""
+        current = next((command["name"] for command in log.get("commands", []) if not command.get("finished")), None)
+        steps = [stage.newest["step"] for stage in stages if "step" in stage.newest]
+        step = f" · step {report.number(steps[-1])}" if steps else ""
+        if self.is_live():
+            return f"{current or 'training'} is running{step}"
+        if current is None and (self.folder / "pipeline/model_index.json").is_file():
+            return f"Finished{step}"
+        return f"At rest{f' in {current}' if current else ''}{step}"
 
 
 def find_run(model: Path) -> RunFolder | None:
@@ -92,16 +103,6 @@ def run_tab(run: RunFolder, app: gr.Blocks) -> None:
     shown = [seen, heading, films, charts]
     app.load(look, seen, shown, **PRIVATE)
     gr.Timer(TICK_SECONDS).tick(look, seen, shown, **PRIVATE)
-
-
-def _words(log: dict, stages: list[report.Stage], live: bool) -> str:
-    """Where the run is, in a few words."""
-    current = next((command["name"] for command in log.get("commands", []) if not command.get("finished")), None)
-    steps = [stage.newest["step"] for stage in stages if "step" in stage.newest]
-    step = f" · step {report.number(steps[-1])}" if steps else ""
-    if live:
-        return f"{current or 'training'} is running{step}"
-    return f"At rest in {current}{step}" if current else f"Finished{step}"
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import math
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -154,15 +154,15 @@ class Studio:
             except ValueError as error:  # the pipeline imports nothing of ours, so this is how it speaks to people
                 raise UserError(str(error)) from None
 
-    def develop(self, request: Request, **more) -> Iterator:
-        """The sampler's events, with `more` for `stream`; closing the iterator ends the sampling."""
-        with self.working() as pipe:
-            yield from pipe.stream(**asdict(request), **more)
+    def develop(self, request: Request, **more) -> Iterator[Progress]:
+        """The drawing step by step, with `more` for `stream`; closing the iterator ends it."""
+        order = asdict(request) | more
+        with self.working() as pipe, closing(pipe.stream(**order)) as events:
+            yield from itertools.starmap(Progress, events)
 
-    def develop_from(self, request: Request, labels: list, noise: Tensor) -> Iterator:
-        """The sampler's events from noise (B, c, h, w), each picture told its label or blend of labels."""
-        with self.working() as pipe:
-            yield from pipe.stream(labels, len(noise), latents=noise, **_how(request))
+    def develop_from(self, request: Request, labels: list, noise: Tensor) -> Iterator[Progress]:
+        """The drawing from noise (B, c, h, w), each picture told its label or blend of labels."""
+        yield from self.develop(request, label=labels, num_images=len(noise), seed=0, latents=noise)
 
     def develop_cells(self, cells: list[Request]) -> Iterator[Progress]:
         """Draw orders of one picture each; neighbours that differ in label and seed alone are drawn as one batch."""
@@ -170,12 +170,14 @@ class Studio:
         images: list[Image.Image | None] = [None] * len(cells)
         done = start = 0
         for batch in _batches(cells):
-            for event in self.develop(_joined(batch), generator=[_noise(cell.seed) for cell in batch]):
-                if event.images is not None:
-                    images[start : start + len(batch)] = event.images
-                yield Progress(done + _share(event, batch), total, list(images))
+            generators = [torch.Generator().manual_seed(cell.seed) for cell in batch]
+            steps = batch[0].num_inference_steps
+            for part in self.develop(_joined(batch), generator=generators):
+                if part.images is not None:
+                    images[start : start + len(batch)] = part.images
+                yield Progress(done + round(part.done / part.total * steps), total, list(images))
             start += len(batch)
-            done += batch[0].num_inference_steps
+            done += steps
 
     def picture(self, file) -> Image.Image:
         """An upload at the model's size; raises UserError where there is none that can be read."""
@@ -204,11 +206,6 @@ def refuse_long(cells: list[Request]) -> int:
     return total
 
 
-def _how(request: Request) -> dict:
-    """The fields of an order that do not say what is drawn."""
-    return {name: value for name, value in asdict(request).items() if name not in ("label", "num_images", "seed")}
-
-
 def _batches(cells: list[Request]) -> list[list[Request]]:
     def settings(cell: Request) -> Request:
         return replace(cell, label=None, seed=0)
@@ -220,14 +217,6 @@ def _joined(batch: list[Request]) -> Request:
     """The order for a batch whose seeds come as generators."""
     labels = [cell.label for cell in batch]
     return replace(batch[0], label=None if labels.count(None) == len(labels) else labels, num_images=len(batch))
-
-
-def _share(event, batch: list[Request]) -> int:
-    return round(event.step / event.steps * batch[0].num_inference_steps)
-
-
-def _noise(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def clamp(name: str, value, low: float, high: float) -> float:

@@ -30,16 +30,10 @@ def walking(studio: Studio, walk: Walk) -> Iterator[Progress]:
         ends = [noise_of(pipe, end, label) for end, label in zip((walk.a, walk.b), walk.labels, strict=True)]
     noise = torch.cat([slerp(*ends, share) for share in shares])
     seeds_alone = isinstance(walk.a, int) and isinstance(walk.b, int)
-    yield from (drawing if seeds_alone else following)(studio, walk.request, noise, told)
+    yield from studio.develop_from(walk.request, told, noise) if seeds_alone else following(studio, noise, told)
 
 
-def drawing(studio: Studio, request: Request, noise: torch.Tensor, told: list) -> Iterator[Progress]:
-    """The sampler's previews from given noise (B, c, h, w)."""
-    for event in studio.develop_from(request, told, noise):
-        yield Progress(event.step, event.steps, event.images)
-
-
-def following(studio: Studio, request: Request, noise: torch.Tensor, told: list) -> Iterator[Progress]:
+def following(studio: Studio, noise: torch.Tensor, told: list) -> Iterator[Progress]:
     """Pictures of noise (B, c, h, w) by the ODE, a few at a time."""
     images: list[Image.Image | None] = [None] * len(noise)
     for start in range(0, len(noise), BATCH):

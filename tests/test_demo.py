@@ -3,8 +3,6 @@
 import io
 import itertools
 import os
-import shutil
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -23,11 +21,6 @@ gradio_client = pytest.importorskip("gradio_client", reason="the demo's server i
 
 LABELS = ["disc", "red <b>star</b>", "square"]
 ORDER = {"label": "disc", "count": 3, "seed": 7, "roll": False, "steps": 4, "guidance": 2.0}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,860 --virtual-time-budget=8000"
-)
 
 
 def tiny_pipeline(labels):
@@ -55,7 +48,8 @@ def tiny_pipeline(labels):
         num_class_embeds=len(labels) + 1 if labels else None,
     )
     names = {str(i): label for i, label in enumerate(labels)}
-    return LatentDiffusionPipeline(vae, unet, DDIMScheduler(clip_sample=False), id2label=names, default_steps=6)
+    scheduler = DDIMScheduler(clip_sample=False)
+    return LatentDiffusionPipeline(vae, unet, scheduler, id2label=names, default_steps=6, sampler="unipc")
 
 
 @pytest.fixture(scope="module")
@@ -208,19 +202,53 @@ def test_only_the_queue_leads_to_the_model(server):
     assert large.status_code == 413
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="the page is NOT shown in a browser: no Chromium")
-def test_page_in_a_browser(server, tmp_path):
-    pictures = []
-    for scheme in (0, 1):  # dark, light
-        file = tmp_path / f"{scheme}.png"
-        command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={file}"]
-        command += [f"--blink-settings=preferredColorScheme={scheme}", server.url]
-        subprocess.run(command, capture_output=True, timeout=60, check=True)
-        pictures.append(Image.open(file).convert("RGB"))
-    dark, light = pictures
-    assert max(dark.getpixel((3, 3))) < 60 and min(light.getpixel((3, 3))) > 200
-    for picture in pictures:
-        assert len(picture.getcolors(1 << 24)) > 100  # more than an empty page
+def test_a_finished_picture_restores_its_settings(server):
+    _, gallery, *_ = server.client.predict(**ORDER | {"sampler": "heun", "high": 0.5}, api_name="/generate")
+    file = gallery["value"][2]["image"]
+    assert "disc-9" in file
+    *values, word = server.client.predict(gradio_client.handle_file(file), api_name="/restore")
+    assert [value["value"] if isinstance(value, dict) else value for value in values] == [
+        *("disc", 1, 9, False, 4, 2.0, "heun", 0, 0.5, 0, False)
+    ]
+    assert word.startswith("Settings restored: press Generate")
+
+
+def test_the_grid_is_a_sheet_and_its_pictures(server):
+    order = ORDER | {"rows": "labels", "columns": "seeds", "labels": ["disc", "square"], "seeds": 3}
+    table, gallery, note, seed = server.client.predict(**order, api_name="/grid")
+    sheet, *cells = [Image.open(item["image"]) for item in gallery["value"]]
+    assert len(cells) == 6 and sheet.width > sheet.height > 100 and note.startswith("6 pictures · 4 steps")
+    assert [cell.text["calotype:seed"] for cell in cells] == ["7", "8", "9"] * 2
+    assert table["value"].count("<img") == 6 and "seed 8" in table["value"] and seed == 7
+    images, *_ = generate(server)
+    assert max(high for _, high in difference(cells[1].convert("RGB"), images[1])) <= 1
+
+
+def test_edits_an_upload(server, tmp_path):
+    Image.linear_gradient("L").resize((48, 48)).save(tmp_path / "gradient.png")
+    file = gradio_client.handle_file(str(tmp_path / "gradient.png"))
+    order = {"sketch": {"background": file, "layers": [], "composite": None}, "label": "square", "count": 2, "steps": 4}
+    _, gallery, note, _ = server.client.predict(**order, region="in the left half", strength=1, api_name="/edit")
+    first, second = (np.asarray(Image.open(item["image"]).convert("RGB")) for item in gallery["value"])
+    assert (first[:, 8:] == second[:, 8:]).all() and (first[:, :8] != second[:, :8]).any()
+    with pytest.raises(gradio_client.exceptions.AppError, match="no picture yet"):
+        server.client.predict(sketch=None, api_name="/edit")
+
+
+def test_interpolates_and_adds_up(server, tmp_path):
+    order = {"seed_a": 1, "label_a": "disc", "seed_b": 2, "label_b": "square", "count": 4, "steps": 4}
+    _, motion, note, film = server.client.predict(**order, picture_a=None, picture_b=None, api_name="/interpolate")
+    with Image.open(motion["value"]) as image:
+        assert image.n_frames == 6 and image.size == (384, 384)
+    assert film.count("<img") == 4 and note.startswith("4 pictures")
+    Image.linear_gradient("L").resize((16, 16)).save(tmp_path / "gradient.png")
+    pictures = [{"image": gradio_client.handle_file(str(tmp_path / "gradient.png")), "caption": None}]
+    sums, note = server.client.predict(pictures, pictures, pictures, 2, api_name="/arithmetic")
+    pipe = tiny_pipeline(LABELS)
+    (expected,) = pipe.reconstruct([Image.open(tmp_path / "gradient.png").convert("RGB")])  # plus and minus the same
+    assert max(high for _, high in difference(Image.open(sums["value"][0]["image"]), expected)) <= 1
+    with pytest.raises(gradio_client.exceptions.AppError, match="plus the mean of"):
+        server.client.predict(pictures, [], pictures, 1, api_name="/arithmetic")
 
 
 def test_nothing_was_asked_outside_this_machine(server, strangers):

@@ -15,7 +15,7 @@ from calotype.demo import codes, edit, generate, grid, prints, uploads
 from calotype.demo import interpolate as interpolation
 from calotype.demo import reconstruct as reconstruction
 from calotype.demo.run_folder import RunFolder, find_run
-from calotype.demo.studio import Studio
+from calotype.demo.studio import Progress, Studio
 from calotype.demo.walks import Walk, walking
 from calotype.errors import UserError
 from calotype.pipeline import latent_space
@@ -256,7 +256,7 @@ def test_grids_too_large_or_of_nothing_are_refused(studio):
 def test_titles_of_a_grid_stay_text(studio):
     base = studio.request("red", 1, 0, 3, 2)
     down = grid.axis(studio, base, "labels", {"labels": [EVIL]})
-    page = grid.table(down, grid.axis(studio, base, "seeds", {"seeds": 1}), [None], 0.5)
+    page = grid.table(down, grid.axis(studio, base, "seeds", {"seeds": 1}), Progress(1, 2, [None]))
     assert EVIL not in page and "&lt;img" in page and 'aria-valuenow="50"' in page
 
 
@@ -367,6 +367,25 @@ def test_a_walk_from_a_picture_is_that_of_the_pipeline(models):
 def test_the_film_strip_numbers_its_pictures():
     film = interpolation.film_of([photograph()] * 3)
     assert film.count("<img") == 3 and "<figcaption>3</figcaption>" in film
+
+
+# Stop
+
+
+def test_a_halted_drawing_ends_at_its_step_and_frees_the_model(studio, monkeypatch):
+    from calotype.demo import parts
+
+    monkeypatch.setattr(parts, "PREVIEW_SECONDS", 0.0)
+    halt = parts.Halt()
+    events = generate.developing(studio, "red", 1, 0, False, 50, 1, halt=halt)
+    starting, first = next(events), next(events)
+    assert starting[2] == "Starting …" and first[2] == "Step 1 of 50" and studio._lock.locked()
+    halt.wanted = True
+    (*_, note, seed, stop), *more = events
+    assert note == "Stopped at step 1 of 50." and stop["interactive"] is False and not more
+    assert not studio._lock.locked()
+    *_, last = generate.developing(studio, "red", 1, 0, False, 2, 1, halt=halt)
+    assert last[2].startswith("Seed 0 · 2 steps")
 
 
 # Run folders
