@@ -35,7 +35,7 @@ def interpolate_tab(studio: Studio) -> None:
     with gr.Row(elem_classes="bench"):
         with gr.Column(scale=6, min_width=320):
             controls, begin, stop = all_controls(studio)
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=4, min_width=320):
             tray = parts.tray_field("The way appears here, moving.", "low", crisp(studio))
             motion = gr.Image(label="Moving", visible=False, elem_classes=["print", crisp(studio)], **PRINT)
             status = parts.status_line()
@@ -65,7 +65,7 @@ def end_controls(studio: Studio, name: str, seed: int) -> tuple:
         with gr.Group():
             number = gr.Number(seed, label=f"{name} seed", precision=0, minimum=0, maximum=MOST_SEED, buttons=[])
             label = parts.prompt_or_label(studio.pipe, nothing="none", **value)
-        picture = upload_field(f"{name} a picture instead", height=150, crisp=crisp(studio))
+        picture = upload_field(f"{name} a picture instead", height=104, crisp=crisp(studio))
     return number, label, picture
 
 
