@@ -31,7 +31,7 @@ CANVAS = 512  # pixels of the longer side to brush on
 HEIGHT = 440  # of the field around it, on the screen
 COVERED = 64  # of 255: how much of a pixel must be brushed
 STRENGTH, REPAINTED = 0.6, 1.0  # of a picture as a whole, and of a part of it
-VERBS = {"inpaint": "Fill it in", "edges": "Draw from the edges", "superres": "Enlarge"}
+VERBS = {"inpaint": "Fill it in", "edges": "Draw from it", "superres": "Enlarge"}
 
 
 class Controls(NamedTuple):
@@ -70,7 +70,7 @@ def sketch_field(studio: Studio) -> gr.components.Component:
     """Where the picture is dropped, and brushed where that means something; with a way to have one drawn."""
     if kind_of(studio) == "superres":
         return upload_field("The picture to enlarge", height=HEIGHT, crisp=crisp(studio))
-    label = "Edges: drop a picture, or brush white lines" if kind_of(studio) == "edges" else "The picture to change"
+    label = "Drop a picture, or brush" if kind_of(studio) == "edges" else "The picture to change"
     colour = "#ffffff" if kind_of(studio) == "edges" else "#e2914f"
     brush = gr.Brush(default_size=28, colors=[colour], default_color=colour, color_mode="fixed")
     height, width = (side * enlargement(studio) for side in studio.pipe.image_size)
