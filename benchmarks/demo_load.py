@@ -17,6 +17,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -40,12 +41,15 @@ def main() -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "calotype", "demo", str(args.model), "--port", str(port)]
-    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        found = asyncio.run(Siege(f"http://127.0.0.1:{port}", server, args).run())
-    finally:
-        server.terminate()
-        errors = server.communicate(timeout=60)[1]
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day, and the server stand
+        server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            found = asyncio.run(Siege(f"http://127.0.0.1:{port}", server, args).run())
+        finally:
+            server.terminate()
+            server.wait(60)
+        log.seek(0)
+        errors = log.read()
     ends = [text.splitlines()[-1] for text in re.findall(r"Traceback.*?\n(?=\S[^\n]*\n)[^\n]*", errors, re.DOTALL)]
     found["tracebacks in the log"] = dict(Counter(ends))
     for name, value in found.items():

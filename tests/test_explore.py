@@ -232,12 +232,14 @@ def test_in_vae_mode_samples_jitter_round_the_dot(visit):
 
 
 @in_a_browser
+@pytest.mark.slow
 def test_thirty_frames_a_second_where_the_cores_are_free(visit, capsys):
+    """Only where nothing else runs: `pytest -m slow tests/test_explore.py`."""
     share = share_of_a_core()
-    found = max(visit.frames_per_second() for _ in range(2))
+    found = max(visit.frames_per_second() for _ in range(3))
     with capsys.disabled():
         print(f"\nexplorer: {found:.0f} frames/s while dragging; a busy loop gets {100 * share:.0f} % of a core")
-    assert found >= 20 * share
+    assert found >= 30
 
 
 @in_a_browser
