@@ -89,7 +89,8 @@ def begin_at(scheduler: SchedulerMixin, strength: float) -> int:
     times, stride = scheduler.timesteps, getattr(scheduler, "order", 1)
     late_enough = (i for i in range(0, len(times), stride) if float(times[i]) <= TIMES * strength)
     begin = next(late_enough, len(times)) if strength else len(times)
-    scheduler.set_begin_index(begin)
+    if hasattr(scheduler, "set_begin_index"):  # the others go by the time that they are given
+        scheduler.set_begin_index(begin)
     return begin
 
 

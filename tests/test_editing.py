@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from models import CAPTIONS, pipeline, text_parts, text_unet, tiny_unet
 from PIL import Image
 from torch.testing import assert_close
@@ -63,6 +69,16 @@ def test_the_share_that_is_changed(pipe, trained, sampler):
     found = [pipe("red", strength=s, **order).images for s in (0, 0.3, 0.9)]
     assert_close(found[0], z)
     near, far = ((x - z).square().mean() for x in found[1:])
+    assert torch.isfinite(far) and near < far
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerAncestralDiscreteScheduler])
+def test_stock_schedulers_change_pictures_too(pipe, scheduler):
+    pipe = LatentDiffusionPipeline(pipe.vae, pipe.unet, scheduler(), id2label=NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    z = code(pipe, picture())
+    order = {"image": picture(), "output_type": "latent", "num_inference_steps": 10, "guidance_scale": 1.0}
+    near, far = ((pipe("red", strength=s, **order).images - z).square().mean() for s in (0.2, 0.95))
     assert torch.isfinite(far) and near < far
 
 
