@@ -65,7 +65,7 @@ class Siege:
     def __init__(self, url: str, server: subprocess.Popen, args):
         self.url, self.server, self.args = url, server, args
         self.statuses, self.done, self.bad = Counter(), Counter(), Counter()
-        self.seen, self.unanswered = [], 0
+        self.seen, self.unanswered, self.memory = [], 0, []
 
     async def run(self) -> dict:
         """Warm up, besiege, cool down; what was found."""
@@ -73,12 +73,12 @@ class Siege:
         async with httpx.AsyncClient(base_url=self.url, timeout=_PATIENCE, limits=limits) as client:
             self.client = client
             self.calls = await self._open()
-            until = time.monotonic() + max(self.args.seconds / 6, 10)
+            until = time.monotonic() + max(self.args.seconds / 3, 10)
             await asyncio.gather(*(self._visitor(i, until) for i in range(self.args.clients)))
             await asyncio.sleep(3)
             warm, self.statuses, self.done, self.bad = self._memory(), Counter(), Counter(), Counter()
             until = time.monotonic() + self.args.seconds
-            await asyncio.gather(*(self._visitor(i, until) for i in range(self.args.clients)))
+            await asyncio.gather(*(self._visitor(i, until) for i in range(self.args.clients)), self._watch(until))
             await asyncio.sleep(3)
             after = self._memory()
             alive = self.server.poll() is None and (await client.get("/")).status_code == 200
@@ -92,6 +92,7 @@ class Siege:
             "unanswered": self.unanswered,
             "memory warm, MB": round(warm / 1e6),
             "memory after, MB": round(after / 1e6),
+            "memory on the way, MB": self.memory,
             "growth": round(after / warm - 1, 4),
             "first 5xx": self.seen[:5],
         }
@@ -122,6 +123,11 @@ class Siege:
                 how = type(error).__name__
             self.done[f"{kind.__name__[1:]}: {how}"] += 1
             await asyncio.sleep(dice.uniform(0, 0.5))
+
+    async def _watch(self, until: float) -> None:
+        while time.monotonic() < until:
+            self.memory.append(round(self._memory() / 1e6))
+            await asyncio.sleep(self.args.seconds / 9)
 
     async def _ask(self, method: str, path: str, **more) -> httpx.Response:
         response = await self.client.request(method, path, **more)

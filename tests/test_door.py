@@ -5,6 +5,7 @@ import asyncio
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
@@ -19,10 +20,27 @@ async def full(request):
     return JSONResponse({"detail": "Queue is full."}, 503)
 
 
+async def trip(request):
+    return PlainTextResponse({}[(await request.json())["number"]])
+
+
+async def fault(request):
+    raise RuntimeError("a fault of our own")
+
+
+ROUTES = [
+    Route("/size", size, methods=["POST"]),
+    Route("/full", full),
+    Route("/trip", trip, methods=["POST"]),
+    Route("/fault", fault, methods=["POST"]),
+]
+
+
 def ask(method, path, **more):
     async def call():
-        door = Door(Starlette(routes=[Route("/size", size, methods=["POST"]), Route("/full", full)]), most_bytes=1000)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://here") as client:
+        app = Starlette(routes=ROUTES, middleware=[Middleware(Door, most_bytes=1000)])
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.request(method, path, **more)
 
     return asyncio.run(call())
@@ -52,3 +70,9 @@ def test_a_full_queue_says_when_to_come_back():
 def test_a_length_that_is_no_number_is_not_believed():
     answer = ask("POST", "/size", content=endless(11), headers={"content-length": "-5"})
     assert answer.status_code == 413
+
+
+def test_a_request_that_makes_no_sense_is_no_fault_of_the_server():
+    answer = ask("POST", "/trip", json={"number": -1})
+    assert answer.status_code == 400 and answer.text.startswith("There is no such function")
+    assert ask("POST", "/fault").status_code == 500  # and a real one stays one
