@@ -22,7 +22,7 @@ class DistillSettings(TrainSettings):
         "large": {"batch_size": 512, "lr": 5e-5},
     }
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 600, "small": 6_000, "base": 20_000, "large": 40_000}
-    DECODER_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 6500, "small": 10_000, "base": 20_000, "large": 40_000}
+    DECODER_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 5000, "small": 10_000, "base": 20_000, "large": 40_000}
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]] = Field(description="finished run")
     out: Maybe[Path] = Field(None, description="folder of the student and the decoder (default: RUN/distilled)")
