@@ -35,6 +35,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = load(args.run)
     rows = []
+    # The network that judges is trained before, in its own precision: under autocast it learns next to nothing.
+    own_features.own(read_sheet(args.run / "data.json"), args.run / "evaluation/own", "auto")
     with device.autocast("auto"):
         for part in (inversion, repainting, ways):
             for row in part(pipe, args.run, args.out):
