@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test browser lint format clean
+.PHONY: quickstart test reliability browser lint format clean
 
 # A model of coloured shapes in a few minutes on a CPU; then says where everything is and what to type next.
 quickstart: .venv/installed
@@ -9,6 +9,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev browser
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+# What goes wrong on purpose: kills, power loss, hostile files, fuzzed requests; `RELIABILITY=--nightly` for full sizes.
+reliability: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m reliability $(RELIABILITY)
 
 # Debian's Chromium for the tests of the demo, where it is missing and may be installed; without it they are skipped.
 browser:

@@ -14,6 +14,16 @@ from calotype import cli, shapes
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="the full sizes of the reliability tests")
+
+
+@pytest.fixture(scope="session")
+def sized(request):
+    """How often something is tried: `sized(20, 200)` is 20 in CI and 200 with --nightly."""
+    return lambda ci, nightly: nightly if request.config.getoption("--nightly") else ci
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 96 shapes of 16x16 pixels, a sub-folder a colour."""
