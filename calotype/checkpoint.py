@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from calotype.disk import DiskFull, files_of, make_folder, publish, refuse_full, sha256
+from calotype.disk import write_text as write_text  # it is also known by this name
 from calotype.errors import UserError, is_disk_full
 
 Tensors = dict[str, Tensor]
-_MANIFEST = "manifest.json"
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_WAITS = (5.0, 15.0)  # seconds before the last checkpoint of a run is tried again on a full disk
 
 
 def save(
@@ -26,7 +31,7 @@ def save(
 ) -> Path:
     """Write `parts` (one safetensors file each) and `state` as folder/step-XXXXXXXX; keep the newest `keep`.
 
-    The checkpoint of step `also` is kept too, so that a run can go back to it. Raises UserError if the disk is full;
+    The checkpoint of step `also` is kept too, so that a run can go back to it. Raises DiskFull if there is no room;
     older checkpoints are then as they were.
     """
     final = _named(folder, step)
@@ -34,42 +39,55 @@ def save(
         return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        _remove_leftovers(folder)
-        temporary.mkdir(parents=True)
-        for name, tensors in parts.items():
-            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(temporary)}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _write(temporary, parts, {"step": step, **state})
         publish(temporary, final)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not is_disk_full(error):
+        if not (isinstance(error, DiskFull) or is_disk_full(error)):
             raise
-        raise UserError(
-            f"no space left in {folder} for the checkpoint of step {step}; free some space and give the same command "
-            "again: it goes on from the last checkpoint."
-        ) from None
-    kept = [path for path in steps(folder) if path <= final][-keep:]
-    if also is not None:
-        kept.append(_named(folder, also))
-    for old in set(steps(folder)) - set(kept):
-        gone = old.with_name(f".{old.name}.gone")  # a kill on the way must leave no half of it under its name
-        old.rename(gone)
-        shutil.rmtree(gone)
+        figures = f" ({error})" if isinstance(error, DiskFull) else ""
+        raise DiskFull(f"no space left in {folder} for the checkpoint of step {step}{figures}") from None
+    _remove_older(folder, final, keep, also)
     return final
 
 
+def insist(save: Callable[[], Path], say: Callable[[str], None], last: bool) -> None:
+    """Save; where the disk is full a line says so and the run goes on, for there will be another time.
+
+    The `last` checkpoint of a run has no other time: it is tried again after some seconds, and then UserError raised.
+    """
+    for wait in (*_WAITS, None) if last else (None,):
+        try:
+            save()
+            return
+        except DiskFull as full:
+            if wait is not None:
+                say(f"{full}; free some: it is tried again in {wait:.0f} seconds.")
+                time.sleep(wait)
+            elif last:
+                raise UserError(
+                    f"{full}; free some and give the same command again: it goes on from the last checkpoint."
+                ) from None
+            else:
+                say(f"{full}; the run goes on, and tries again at the next one. Free some, or it may lose its work.")
+
+
 def load(folder: Path, up_to: int | None = None) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
-    """Parts and state of the newest intact checkpoint (not after step `up_to`), or None; says what it passed over."""
+    """Parts and state of the newest intact checkpoint (not after step `up_to`), or None where there is none.
+
+    Says what it passes over; raises UserError where there are checkpoints and every one of them is damaged.
+    """
     candidates = [path for path in steps(folder) if up_to is None or path <= _named(folder, up_to)]
     for candidate in reversed(candidates):
         fault = verify(candidate)
         if fault:
             print(f"Checkpoint {candidate} is passed over: {fault}.")
             continue
-        parts = {file.stem: load_file(file) for file in candidate.glob("*.safetensors")}
-        return parts, json.loads((candidate / "state.json").read_text())
+        names = json.loads((candidate / _MANIFEST).read_text())
+        parts = {Path(name).stem: load_file(candidate / name) for name in names if name != _STATE}
+        return parts, json.loads((candidate / _STATE).read_text())
+    if candidates:
+        raise UserError(f"{folder}: none of {len(candidates)} checkpoints is intact; restore one, or give --fresh.")
     return None
 
 
@@ -85,42 +103,20 @@ def steps(folder: Path) -> list[Path]:
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        text = (checkpoint / _MANIFEST).read_text()
+        manifest = json.loads(text)
+        if _as_text(manifest) != text or _STATE not in manifest:
+            return f"{_MANIFEST} is damaged"
         for name, expected in manifest.items():
             file = checkpoint / name
             if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                 return f"{name} is damaged"
+        step = json.loads((checkpoint / _STATE).read_text())["step"]
+        if checkpoint.name != _named(checkpoint, step).name:
+            return f"it holds step {step}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it is incomplete ({error})"
     return None
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Bring a finished folder to the disk and give it its name in one atomic step, replacing an older one."""
-    for path in [*_files(temporary), *[p for p in temporary.rglob("*") if p.is_dir()], temporary]:
-        _fsync(path)
-    replaced = final.with_name(f".{final.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(file)
-    _fsync(file.parent)
-
-
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weights_hash(folder: Path) -> str:
@@ -149,18 +145,31 @@ def load_module(module: nn.Module, tensors: Tensors) -> None:
     module.load_state_dict(tensors, strict=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _write(temporary: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+    """All files of a checkpoint, the manifest last, if there is room for them."""
+    make_folder(temporary.parent)
+    _remove_leftovers(temporary.parent)
+    refuse_full(temporary.parent, sum(t.numel() * t.element_size() for part in parts.values() for t in part.values()))
+    temporary.mkdir()
+    for name, tensors in parts.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+    (temporary / _STATE).write_text(json.dumps(state))
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files_of(temporary)}
+    (temporary / _MANIFEST).write_text(_as_text(manifest))
 
 
-def _fsync(path: Path) -> None:
-    if os.name == "nt":  # Windows syncs neither a folder nor a file that is open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _as_text(manifest: dict[str, dict[str, Any]]) -> str:
+    return json.dumps(manifest, indent=1)
+
+
+def _remove_older(folder: Path, final: Path, keep: int, also: int | None) -> None:
+    kept = [path for path in steps(folder) if path <= final][-keep:]
+    if also is not None:
+        kept.append(_named(folder, also))
+    for old in set(steps(folder)) - set(kept):
+        gone = old.with_name(f".{old.name}.gone")  # a kill on the way must leave no half of it under its name
+        old.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _remove_leftovers(folder: Path) -> None:

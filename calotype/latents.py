@@ -2,11 +2,13 @@
 
 A shard holds `mean` and `std` (n, c, h, w) in fp16 (VQ: `mean` alone, the latent itself), the same for mirror images
 where they were asked for, `label` (n,), and the captions as bytes with their ends. The index names the autoencoder and
-the data that the cache belongs to.
+the data that the cache belongs to, and the SHA-256 of every shard and of itself.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calotype import checkpoint
 from calotype.data import Batch, Share
+from calotype.disk import rename_file, sha256, write_text
 from calotype.errors import UserError
 from calotype.randomness import KeyedOrder, normal, uniform
 
-VERSION = 1
+VERSION = 2  # 2: SHA-256 of the shards and of the index
 
 
 class Index(NamedTuple):
@@ -35,27 +37,37 @@ class Index(NamedTuple):
     image_size: list[int]
     counts: dict[str, int]  # by split
     shards: dict[str, list[str]]  # by split
+    sha256: dict[str, str]  # by shard
 
     def write(self, folder: Path) -> None:
         """Write index.json; a cache without it is unfinished."""
-        checkpoint.write_text(folder / "index.json", json.dumps(self._asdict(), indent=1))
+        content = self._asdict()
+        write_text(folder / "index.json", json.dumps({**content, "self": _digest(content)}, indent=1))
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a cache; raises UserError where there is none or where it is from another version."""
+    """The index of a cache; raises UserError where there is none, or it is damaged or from another version."""
+    file = folder / "index.json"
     try:
-        index = Index(**json.loads((folder / "index.json").read_text()))
+        content = json.loads(file.read_text())
+        version, own = content["version"], content.pop("self", None)
     except OSError:
         raise UserError(f"--latents {folder} holds no finished cache; run `calotype encode` first.") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'index.json'} is not a latent cache ({error}); run `calotype encode`.") from None
-    if index.version != VERSION:
-        raise UserError(f"{folder} has format {index.version}, not {VERSION}; run `calotype encode --fresh`.")
-    return index
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is not a latent cache ({error}); run `calotype encode` again.") from None
+    if version != VERSION:
+        raise UserError(f"{folder} has format {version}, not {VERSION}; run `calotype encode --fresh` once more.")
+    if own != _digest(content):
+        raise UserError(f"{file} is damaged: it is not what was written; run `calotype encode` again.")
+    return Index(**content)
 
 
-def write_shard(file: Path, moments: dict[str, Tensor], labels: Tensor, captions: list[str]) -> None:
-    """Write one shard under a temporary name and rename it."""
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_shard(file: Path, moments: dict[str, Tensor], labels: Tensor, captions: list[str]) -> str:
+    """Write one shard beside its place, bring it to the disk and rename it; returns its SHA-256."""
     texts = [caption.encode() for caption in captions]
     tensors = {name: value.to(torch.float16).contiguous() for name, value in moments.items()}
     tensors["label"] = labels.to(torch.int32)
@@ -63,7 +75,31 @@ def write_shard(file: Path, moments: dict[str, Tensor], labels: Tensor, captions
     tensors["caption_end"] = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
     temporary = file.with_name(f".{file.name}")
     save_file(tensors, temporary)
-    temporary.replace(file)
+    digest = sha256(temporary)
+    rename_file(temporary, file)
+    return digest
+
+
+class Shards:
+    """The shards that are written so far and their SHA-256, in shards.json; what differs from it counts as missing."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "shards.json"
+        self.sha256: dict[str, str] = {}
+        try:
+            self.sha256.update(json.loads(self.file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return  # none yet, or unreadable: all are written again
+
+    def has(self, name: str) -> bool:
+        """Whether this shard lies there as it was written."""
+        file = self.folder / name
+        return name in self.sha256 and file.is_file() and sha256(file) == self.sha256[name]
+
+    def write(self, name: str, moments: dict[str, Tensor], labels: Tensor, captions: list[str]) -> None:
+        """Write a shard, and then its SHA-256."""
+        self.sha256[name] = write_shard(self.folder / name, moments, labels, captions)
+        write_text(self.file, json.dumps(self.sha256, indent=1))
 
 
 class LatentCache:
@@ -71,6 +107,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, split: Literal["train", "val"]):
         self.index = read_index(folder)
+        _refuse_damaged(folder, self.index, split)
         self.shards = [load_file(folder / name) for name in self.index.shards[split]]
         self.ends = np.cumsum([len(shard["label"]) for shard in self.shards])
         if not self.shards or self.ends[-1] != self.index.counts[split]:
@@ -114,6 +151,23 @@ class LatentCache:
             here = torch.from_numpy(where == number)
             found[here] = self.shards[number][name].index_select(0, rows[here])
         return found
+
+
+def _refuse_damaged(folder: Path, index: Index, split: str) -> None:
+    """Raise UserError if a shard is missing or not what was written; several are read at a time."""
+    names = index.shards[split]
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(names, pool.map(lambda name: _sha256_or_none(folder / name), names), strict=True):
+            if found != index.sha256[name]:
+                fault = "is missing" if found is None else "is damaged: it is not what was written"
+                raise UserError(f"--latents: {folder / name} {fault}; `calotype encode` writes what is wrong again.")
+
+
+def _sha256_or_none(file: Path) -> str | None:
+    try:
+        return sha256(file)
+    except OSError:
+        return None
 
 
 def mirrored(seed: int, start: int, count: int) -> Tensor:

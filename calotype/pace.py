@@ -50,11 +50,15 @@ class Pace:
 
 
 class Interruption:
-    """Notes the first SIGINT or SIGTERM, so that a step can end and be saved; a second Ctrl-C stops at once."""
+    """Notes signals, so that a step can end and be saved: SIGINT and SIGTERM to stop, SIGUSR1 to go on afterwards.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self):
         self.received: int | None = None
         self.since = 0.0
+        self.asked = self.answered = 0  # how often SIGUSR1 came, and up to which of them a step has looked
         self.earlier: dict[int, Any] = {}
 
     @property
@@ -62,11 +66,17 @@ class Interruption:
         """130 after SIGINT, 143 after SIGTERM (where another process was told, 143 too)."""
         return 128 + (self.received or signal.SIGTERM)
 
+    def look(self) -> tuple[bool, bool]:
+        """Whether a signal came that asks to stop, and whether one came since the last look that asks to save."""
+        asked, before = self.asked, self.answered
+        self.answered = asked
+        return self.received is not None, asked > before
+
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM"):
-                if number := getattr(signal, name, None):
-                    self.earlier[number] = signal.signal(number, self._note)
+            for name, handler in (("SIGINT", self._note), ("SIGTERM", self._note), ("SIGUSR1", self._note_save)):
+                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                    self.earlier[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_) -> None:
@@ -80,6 +90,10 @@ class Interruption:
             print("\nStopping after this step; Ctrl-C once more stops at once.", flush=True)
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
+
+    def _note_save(self, number: int, frame) -> None:
+        self.asked += 1
+        print("\nSaving after this step.", flush=True)
 
 
 def learning_rate_factor(settings: TrainSettings, step: int, progress: float) -> float:

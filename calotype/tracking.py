@@ -1,15 +1,18 @@
 """What a run tells: one progress line, metrics.jsonl, accelerate's trackers."""
 
 import json
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn
 
-from calotype.checkpoint import write_text
+from calotype.disk import sync, write_text
+from calotype.errors import is_disk_full
 
 _TEXT_WIDTH = 85  # columns that the words of the line may take
 _PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
@@ -19,23 +22,41 @@ class Journal:
     """metrics.jsonl of one stage; lines beyond the step at which a run goes on are dropped."""
 
     def __init__(self, file: Path, step: int, accelerator: Accelerator):
-        self.file, self.accelerator = file, accelerator
+        self.file, self.accelerator, self.waiting = file, accelerator, ""
         if accelerator.is_main_process and file.exists():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
             write_text(file, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
         """Append one line, and tell the trackers."""
-        if self.accelerator.is_main_process:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
+        self._append({"step": step, "seconds": round(seconds, 3), **values})
         self.accelerator.log(values, step=step)
 
     def say(self, step: int, seconds: float, sentence: str) -> None:
         """Append a sentence for the report."""
-        if self.accelerator.is_main_process:
+        self._append({"step": step, "seconds": round(seconds, 3), "said": sentence})
+
+    def to_disk(self) -> None:
+        """Bring what was appended to the disk, before a checkpoint counts on it."""
+        if self.accelerator.is_main_process and self.file.exists():
+            sync(self.file)
+            sync(self.file.parent)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        """One line more; what a full disk does not take is kept for later, so that the run goes on."""
+        if not self.accelerator.is_main_process:
+            return
+        self.waiting += json.dumps(entry) + "\n"
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
             with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, "seconds": round(seconds, 3), "said": sentence}) + "\n")
+                stream.write(self.waiting)
+            self.waiting = ""
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            if self.file.exists():
+                os.truncate(self.file, size)  # no half lines
 
 
 class ProgressLine:

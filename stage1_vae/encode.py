@@ -16,7 +16,8 @@ from calotype.checkpoint import weights_hash, write_text
 from calotype.data import Pictures
 from calotype.errors import UserError
 from calotype.images import normalize
-from calotype.latents import VERSION, Index, write_shard
+from calotype.latents import VERSION, Index, Shards
+from calotype.lock import claimed
 from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage1_vae.config import EncodeSettings
 from calotype.stage1_vae.folding import ensure_quant_convs
@@ -30,16 +31,22 @@ def main(settings: EncodeSettings) -> None:
     sheet = open_sheet(settings.source, settings, settings.seed, settings.out, str(size))
     refuse_flip(settings.flip, sheet)
     check_fits(vae, sheet.channels, tuple(sheet.image_size))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    sheet.keep(Path(settings.source), settings.out)
     if not isinstance(vae, VQModel):
         ensure_quant_convs(vae)
     device.choose_attention(vae)
+    with claimed(settings.out):
+        _write_cache(vae, sheet, settings)
+
+
+def _write_cache(vae: Vae, sheet: Sheet, settings: EncodeSettings) -> None:
+    """Encode what is missing, and then write the index."""
+    sheet.keep(Path(settings.source), settings.out)
     belongs_to = _claim(settings, sheet)
     shape = latent_shape(vae, tuple(sheet.image_size))
     _refuse_full_disk(settings, sheet, shape)
     print(summary(sheet))
-    shards = {split: _encode_split(vae, Pictures(sheet, split), split, settings) for split in ("train", "val")}
+    written = Shards(settings.out)
+    shards = {split: _encode_split(vae, Pictures(sheet, split), split, settings, written) for split in ("train", "val")}
     Index(
         version=VERSION,
         fingerprint=belongs_to["fingerprint"],
@@ -50,6 +57,7 @@ def main(settings: EncodeSettings) -> None:
         image_size=sheet.image_size,
         counts=sheet.counts,
         shards=shards,
+        sha256={name: written.sha256[name] for names in shards.values() for name in names},
     ).write(settings.out)
     print(f"Cached {sum(sheet.counts.values()):,} latents in {settings.out}.")
 
@@ -66,15 +74,23 @@ def _claim(settings: EncodeSettings, sheet: Sheet) -> dict:
     file = settings.out / "encoding.json"
     if settings.fresh:
         shards = [old for split in ("train", "val") for old in settings.out.glob(f"{split}-?????.safetensors")]
-        for old in [*shards, settings.out / "index.json", file]:
+        for old in [*shards, settings.out / "index.json", settings.out / "shards.json", file]:
             old.unlink(missing_ok=True)
-    if file.exists() and json.loads(file.read_text()) != belongs_to:
+    if file.exists() and _read(file) != belongs_to:
         raise UserError(
             f"--out {settings.out} holds latents of another autoencoder, other pictures or other settings; "
             "give --fresh to replace them, or another --out."
         )
     write_text(file, json.dumps(belongs_to))
     return belongs_to
+
+
+def _read(file: Path) -> dict | None:
+    """What a JSON file holds; None if that cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return None
 
 
 def _refuse_full_disk(settings: EncodeSettings, sheet: Sheet, shape: tuple[int, int, int]) -> None:
@@ -86,16 +102,16 @@ def _refuse_full_disk(settings: EncodeSettings, sheet: Sheet, shape: tuple[int, 
         raise UserError(f"--out {settings.out} has {free >> 20} MiB free and the cache needs {need >> 20}; free some.")
 
 
-def _encode_split(vae: Vae, pictures: Pictures, split: str, settings: EncodeSettings) -> list[str]:
-    """Write the shards of a split that are not there yet; returns the names of all."""
+def _encode_split(vae: Vae, pictures: Pictures, split: str, settings: EncodeSettings, written: Shards) -> list[str]:
+    """Write the shards of a split that are not there yet, or not whole; returns the names of all."""
     starts = range(0, len(pictures), settings.shard_size)
     names = [f"{split}-{i:05d}.safetensors" for i in range(len(starts))]
     for start, name in zip(track(starts, f"Encoding {split}", transient=True), names, strict=True):
-        if not (settings.out / name).exists():
+        if not written.has(name):
             numbers = range(start, min(start + settings.shard_size, len(pictures)))
             moments = _encode(vae, pictures, numbers, settings)
             captions = [pictures.records[i].text for i in numbers]
-            write_shard(settings.out / name, moments, pictures.labels[numbers.start : numbers.stop], captions)
+            written.write(name, moments, pictures.labels[numbers.start : numbers.stop], captions)
     return names
 
 

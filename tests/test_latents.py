@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from calotype import cli
 from calotype.data import Pictures
 from calotype.images import normalize
-from calotype.latents import Index, LatentBatches, LatentCache, write_shard
+from calotype.latents import VERSION, Index, LatentBatches, LatentCache, write_shard
 from calotype.sheet import read_sheet
 
 
@@ -25,10 +25,12 @@ def cache_of(folder, n=1000, shape=(4, 8, 8), shards=1, flip=False):
         moments |= {"mean_flipped": mean.flip(-1), "std_flipped": moments["std"]}
     parts = np.array_split(np.arange(n), shards)
     names = [f"train-{i:05d}.safetensors" for i in range(shards)]
+    sums = {}
     for part, name in zip(parts, names, strict=True):
         here = {k: v[torch.from_numpy(part)] for k, v in moments.items()}
-        write_shard(folder / name, here, torch.from_numpy(part), [f"caption {i} é" for i in part])
-    Index(1, "data", "vae", list(shape), flip, [], [32, 32], {"train": n}, {"train": names}).write(folder)
+        sums[name] = write_shard(folder / name, here, torch.from_numpy(part), [f"caption {i} é" for i in part])
+    known = ("data", "vae", list(shape), flip, [], [32, 32], {"train": n}, {"train": names}, sums)
+    Index(VERSION, *known).write(folder)
     return mean.half().float()
 
 
