@@ -2,10 +2,13 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 
 from calotype import __version__
 from calotype.errors import UserError, is_disk_full
+from calotype.lock import refuse_held
 
 # command: (settings, function, one line of help); names only, so that --help imports no torch
 COMMANDS = {
@@ -78,9 +81,13 @@ COMMANDS = {
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 
+_ALONE = ("run", "train-vae", "encode", "train-diffusion")  # in their --out; a second one is refused at once
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for a user's error, 130 after Ctrl-C)."""
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a training to save; to others it must not mean death
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -123,6 +130,8 @@ def run(command: str, argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     settings = settings_of([command, *argv])
+    if command in _ALONE:
+        refuse_held(settings.out)
     return _load(COMMANDS[command][1])(settings) or 0
 
 
