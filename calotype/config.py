@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from calotype.changes import Allowed, Fixed, Free
+from calotype.complaints import about_words, describe, empty_word, example, is_required, unknown_key
 from calotype.errors import UserError
 
 Preset = Literal["tiny", "small", "base", "large"]
 PRESET_IMAGE_SIZE = {"tiny": "32", "small": "64", "base": "128", "large": "256"}
+PROCEDURAL = ("shapes", "shapes:full")  # sources that are drawn and not read
 T = TypeVar("T")
 # A setting that need not be given; its description says what happens then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-ImageSize = Annotated[str, Field(pattern=r"^[1-9]\d*(x[1-9]\d*)?$")]
+ImageSize = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$")]
+# Limits that no sane run reaches; what is beyond them is a slip of the keyboard.
+Steps = Annotated[int, Field(le=10**9)]
+Minutes = Annotated[float, Field(le=5_256_000)]  # ten years
+Count = Annotated[int, Field(le=10**6)]
+Width = Annotated[int, Field(le=8192)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 _ONCE = {"fresh", "resume"}
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
@@ -28,11 +39,16 @@ _TAIL = re.compile(r"(Argument helptext:|For full helptext|Perhaps you meant:\s*
 class Settings(BaseModel):
     """The settings of one command: frozen, typed, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
-    # What may differ when a run is resumed; everything else belongs to the run's identity.
-    FREE: ClassVar[frozenset[str]] = frozenset()
+
+    @field_validator("*")
+    @classmethod
+    def _no_file_has_such_a_name(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)) and "\0" in str(value):
+            raise ValueError("must not hold a character of code 0")
+        return value
 
     @model_validator(mode="after")
     def _resume_or_fresh(self) -> Self:
@@ -48,11 +64,15 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where pictures come from and how they are prepared; what is not given is as the data sheet says."""
 
-    image_size: Maybe[ImageSize] = Field(None, description="side in pixels, or HEIGHTxWIDTH (default: by preset)")
-    fit: Maybe[Literal["crop", "pad", "stretch"]] = Field(None, description="way to that size (default: crop)")
-    channels: Maybe[Literal[1, 3]] = Field(None, description="grey or colour (default: as the pictures are)")
-    val: Maybe[str] = Field(None, description="held out: a folder, or a fraction by hash of the path (default: 0.05)")
-    allow_bad: bool = Field(False, description="go on even if more than 1 in 100 files is unreadable")
+    image_size: Fixed[Maybe[ImageSize]] = Field(
+        None, description="side in pixels, or HEIGHTxWIDTH (default: by preset)"
+    )
+    fit: Fixed[Maybe[Literal["crop", "pad", "stretch"]]] = Field(None, description="way to that size (default: crop)")
+    channels: Fixed[Maybe[Literal[1, 3]]] = Field(None, description="grey or colour (default: as the pictures are)")
+    val: Fixed[Maybe[str]] = Field(
+        None, description="held out: a folder, or a fraction by hash of the path (default: 0.05)"
+    )
+    allow_bad: Free[bool] = Field(False, description="go on even if more than 1 in 100 files is unreadable")
 
     @model_validator(mode="after")
     def _val_is_a_folder_or_a_fraction(self) -> Self:
@@ -65,45 +85,53 @@ class DataSettings(Settings):
 class TrainSettings(Settings):
     """What every training command shares."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        [
-            "out",
-            "preset",
-            "source",
-            "resume",
-            "fresh",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "workers",
-            "trackers",
-        ]
-    )
     LENGTHS: ClassVar[dict[str, int]] = {}
 
-    out: Path = Field(description="folder of this stage")
-    preset: Preset = Field("tiny", description="the one dial for width, batch, learning rate and length")
-    steps: Maybe[int] = Field(None, ge=0, description="optimiser steps (default: by preset, unless --max-minutes)")
-    max_minutes: Maybe[float] = Field(None, gt=0, description="stop after this time; the schedule follows the clock")
-    batch_size: int = Field(64, ge=1, description="examples of one optimiser step, over all processes")
-    micro_batches: int = Field(1, ge=1, description="parts in which a process walks through its share")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    optimizer: Literal["adamw", "muon", "sgd"] = Field(
+    out: Free[Path] = Field(description="folder of this stage")
+    preset: Allowed[Preset] = Field("tiny", description="the one dial for width, batch, learning rate and length")
+    steps: Allowed[Maybe[Steps]] = Field(
+        None, ge=0, description="optimiser steps (default: by preset, unless --max-minutes)"
+    )
+    max_minutes: Allowed[Maybe[Minutes]] = Field(
+        None, gt=0, description="stop after this time; the schedule follows the clock"
+    )
+    batch_size: Fixed[Count] = Field(64, ge=1, description="examples of one optimiser step, over all processes")
+    micro_batches: Allowed[Count] = Field(1, ge=1, description="parts in which a process walks through its share")
+    lr: Allowed[Rate] = Field(1e-3, description="peak learning rate")
+    lr_schedule: Allowed[Literal["cosine", "constant"]] = Field("cosine", description="after the warm-up")
+    warmup_steps: Allowed[Steps] = Field(50, ge=0, description="steps of linear warm-up")
+    optimizer: Fixed[Literal["adamw", "muon", "sgd"]] = Field(
         "adamw", description="muon is for matrices, with AdamW for the rest; sgd is plain descent, for comparisons"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    seed: int = Field(0, ge=0, description="with it and the settings everything random is fixed")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept")
-    validations: int = Field(8, ge=1, description="validations and sample sheets over the run")
-    log_every: int = Field(10, ge=1, description="steps whose mean makes one line of metrics.jsonl")
-    trackers: tuple[str, ...] = Field((), description="accelerate trackers, such as tensorboard")
-    resume: bool = Field(False, description="insist that there is something to go on from")
-    fresh: bool = Field(False, description="throw away what --out holds and begin again")
+    weight_decay: Allowed[float] = Field(0.0, ge=0, le=10, description="decoupled weight decay")
+    clip: Allowed[float] = Field(1.0, gt=0, le=1e6, description="largest gradient norm")
+    seed: Fixed[Seed] = Field(0, description="with it and the settings everything random is fixed")
+    precision: Allowed[Literal["auto", "fp32", "bf16"]] = Field(
+        "auto", description="auto: bf16 where the device is good at it"
+    )
+    checkpoint_every: Free[Steps] = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: Free[Count] = Field(2, ge=1, description="checkpoints that are kept")
+    validations: Allowed[Count] = Field(8, ge=1, description="validations and sample sheets over the run")
+    log_every: Free[Steps] = Field(10, ge=1, description="steps whose mean makes one line of metrics.jsonl")
+    trackers: Free[tuple[str, ...]] = Field((), description="accelerate trackers, such as tensorboard")
+    resume: Free[bool] = Field(False, description="insist that there is something to go on from")
+    fresh: Free[bool] = Field(False, description="throw away what --out holds and begin again")
+
+    @model_validator(mode="after")
+    def _batch_in_equal_parts(self) -> Self:
+        if self.batch_size % self.micro_batches:
+            near = max(1, self.batch_size // self.micro_batches) * self.micro_batches
+            raise ValueError(
+                f"--batch-size {self.batch_size} must be a multiple of --micro-batches {self.micro_batches}; "
+                f"try {near}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_descent_has_no_decay(self) -> Self:
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ValueError(f"--weight-decay {self.weight_decay}: --optimizer sgd has none; leave one of them out.")
+        return self
 
     @property
     def length(self) -> int | None:
@@ -129,13 +157,15 @@ def height_width(image_size: str) -> tuple[int, int]:
 
 def parse(cls: type[Settings], argv: list[str], prog: str) -> Settings:
     """Settings from flags, over those of `--config FILE`, over the preset; raises UserError in one line."""
+    if complaint := empty_word(cls, argv):
+        raise UserError(complaint)
     argv, config_file = _take(argv, "--config")
     given = read_settings(cls, Path(config_file)) if config_file else {}
     _, preset = _take(argv, "--preset")
     if preset and preset != given.get("preset", preset):  # the flag wins over the file, with all that it stands for
         given = {name: value for name, value in given.items() if name not in cls.PRESETS.get(preset, {})}
     preset = preset or given.get("preset", "tiny")
-    required = {name: tyro.MISSING for name, field in cls.model_fields.items() if field.is_required()}
+    required = {name: tyro.MISSING for name in cls.model_fields if is_required(cls, name)}
     default = cls.model_construct(**required | cls.PRESETS.get(preset, {}) | given)
     messages = io.StringIO()
     try:
@@ -145,64 +175,35 @@ def parse(cls: type[Settings], argv: list[str], prog: str) -> Settings:
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise UserError(_one_line(stop, messages.getvalue(), prog)) from None
+        complaint = _refused_by_pydantic(stop, cls) or about_words(cls, argv, prog, given)
+        raise UserError(complaint or _unboxed(messages.getvalue(), prog)) from None
 
 
 def read_settings(cls: type[Settings], file: Path) -> dict[str, Any]:
     """Validated values of a settings file; raises UserError naming the file and the key."""
-    try:
-        given = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"--config {file} cannot be read ({error.strerror}); give the config.json of a run.") from None
-    except ValueError as error:
-        raise UserError(f"--config {file} is not JSON ({error}).") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--config {file} holds no settings; give the config.json of a run.")
+    given = _read_json(file)
     unknown = sorted(set(given) - set(cls.model_fields))
     if unknown:
-        raise UserError(f"{file}: unknown key {unknown[0]!r}; {_did_you_mean(unknown[0], cls)}")
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; {unknown_key(unknown[0], cls)}")
+    complete = {name: example(cls, name) for name in cls.model_fields if is_required(cls, name)} | given
     try:
-        checked = cls.model_validate(_complete(cls, given))
+        checked = cls.model_validate_json(json.dumps(complete), strict=True)
     except ValidationError as error:
-        raise UserError(f"{file}: {describe(error)}") from None
+        raise UserError(f"{file}: {describe(error, cls)}") from None
     return {name: getattr(checked, name) for name in given if name not in _ONCE}
 
 
-def refuse_other_settings(settings: Settings, file: Path) -> None:
-    """Raise UserError if the run whose config.json is `file` was started with other settings that matter."""
-    then, now = json.loads(file.read_text()), settings.to_json()
-    for name in now:
-        if name not in settings.FREE and then.get(name) != now[name]:
-            raise UserError(
-                f"--out {file.parent} holds a run with {flag(name)} {then.get(name)}, not {now[name]}; "
-                "give that value, another --out, or --fresh to begin again."
-            )
-
-
-def describe(error: ValidationError) -> str:
-    """The first complaint of a pydantic error, with the flag and the value, in one line."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    return f"{flag(str(first['loc'][0]))} {first['input']}: {message[0].lower()}{message[1:]}."
-
-
-def flag(name: str) -> str:
-    """`batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")
-
-
-def _complete(cls: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
-    """The given values, and something valid for required fields that the file leaves to the command line."""
-    return {name: "" for name, field in cls.model_fields.items() if field.is_required()} | given
-
-
-def _did_you_mean(name: str, cls: type[Settings]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, cls.model_fields, n=1)
-    return f"did you mean {close[0]!r}?" if close else "remove it."
+def _read_json(file: Path) -> dict[str, Any]:
+    way_out = "give the config.json of a run"
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file} cannot be read ({error.strerror}); {way_out}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {file} is not JSON ({error}); {way_out}.") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--config {file} holds no settings; {way_out}.")
+    return given
 
 
 def _take(argv: list[str], name: str) -> tuple[list[str], str | None]:
@@ -215,11 +216,16 @@ def _take(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return argv, None
 
 
-def _one_line(stop: SystemExit, box: str, prog: str) -> str:
-    """tyro's message without its box, or pydantic's where a value was refused."""
+def _refused_by_pydantic(stop: SystemExit, cls: type[Settings]) -> str | None:
+    """The complaint about a value that had the right type."""
     cause: BaseException | None = stop
     while cause := (cause.__cause__ or cause.__context__):
         if isinstance(cause, ValidationError):
-            return describe(cause)
+            return describe(cause, cls)
+    return None
+
+
+def _unboxed(box: str, prog: str) -> str:
+    """tyro's message without its box."""
     text = " ".join(_BOX.sub(" ", box).split())
     return f"{_TAIL.sub('', text).strip()} ({prog} --help lists every flag)"

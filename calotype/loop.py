@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,17 +10,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from calotype import checkpoint
-from calotype.config import TrainSettings, refuse_other_settings
+from calotype.changes import Changed
+from calotype.config import TrainSettings
 from calotype.device import device as best_device
 from calotype.errors import UserError
 from calotype.faults import locate
 from calotype.lock import claimed
 from calotype.muon import Muon
 from calotype.pace import Interruption, Pace, learning_rate_factor
+from calotype.resume import prepare, take_over, write_settings
 from calotype.stage import Stage
 from calotype.tracking import Journal, ProgressLine
 
-_OWN_FILES = ("config.json", "metrics.jsonl", "finished.json", "samples", "checkpoints")
 _AGREE_EVERY = 10  # steps after which several processes ask each other whether one was told to stop
 _MOST_SKIPPED = 2  # steps in a row that may be left out before the run goes back
 _MOST_HALVINGS = 4  # of the learning rate, before the run gives up
@@ -31,15 +31,15 @@ def fit(stage: Stage, settings: TrainSettings, accelerator: Accelerator) -> None
     """Train a stage to its end, from where it was; the same command again is always safe. Raises UserError."""
     out = settings.out
     with claimed(out) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            _prepare(out, settings, stage.exports)
-        accelerator.wait_for_everyone()
+        changes = prepare(out, settings, stage.exports, accelerator)
         if (out / "finished.json").exists():
             accelerator.print(f"{stage.name}: {out} is finished.")
             return
         if settings.trackers:
             accelerator.init_trackers("calotype")
-        Run(stage, settings, accelerator).train()
+        run = Run(stage, settings, accelerator)
+        run.accept(changes)
+        run.train()
 
 
 class Run:
@@ -95,6 +95,14 @@ class Run:
             self.stage.state[name].update(entries)  # in place: the parts of a stage hold on to their own
         self.accelerator.print(f"{self.stage.name}: goes on at step {state['step']}.")
         return state["step"], state["seconds"]
+
+    def accept(self, changes: dict[str, Changed]) -> None:
+        """Say what is different from here on, and write it down."""
+        for change in changes.values():
+            self._say(f"{change} from here on.")
+        take_over(changes, self.settings, self.stage.state)
+        if changes and self.accelerator.is_main_process:
+            write_settings(self.settings)
 
     def _put_back(self, parts: dict[str, checkpoint.Tensors]) -> None:
         for name, module in self._modules().items():
@@ -282,18 +290,3 @@ def _leave_out_unless(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad = torch.where(good, parameter.grad, 0.0)
-
-
-def _prepare(out: Path, settings: TrainSettings, exports: tuple[str, ...]) -> None:
-    """Check that the folder holds this run or nothing, and write its config.json."""
-    config = out / "config.json"
-    if settings.fresh and config.exists():
-        for name in (*_OWN_FILES, *exports):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif not config.exists() and (strange := [name for name in (*_OWN_FILES, *exports) if (out / name).exists()]):
-        raise UserError(f"--out {out} holds {strange[0]} but no run; give another --out.")
-    if config.exists():
-        refuse_other_settings(settings, config)
-    else:
-        checkpoint.write_text(config, json.dumps(settings.to_json(), indent=1))

@@ -12,8 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from calotype import __version__, cli
+from calotype.changes import changes_since
 from calotype.checkpoint import write_text
-from calotype.config import PRESET_IMAGE_SIZE, flag, height_width, refuse_other_settings
+from calotype.complaints import flag
+from calotype.config import PRESET_IMAGE_SIZE, height_width
 from calotype.errors import UserError
 from calotype.lock import claimed
 from calotype.sheet import VARIATIONS, read_sheet, refuse_flip
@@ -30,7 +32,7 @@ def main(settings) -> None:
     out = settings.out
     config = out / "config.json"
     if config.exists() and not settings.fresh:
-        refuse_other_settings(settings, config)
+        changes_since(settings, config)
     elif settings.resume:
         raise UserError(f"--resume: {out} holds no run; leave the flag out to begin.")
     _refuse_strange_folder(out)

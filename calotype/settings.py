@@ -1,15 +1,15 @@
 """Settings of the commands that belong to no stage."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import tyro
 from pydantic import Field, model_validator
 
-from calotype.config import DataSettings, Maybe, Preset, Settings
+from calotype.changes import Allowed, Fixed, Free
+from calotype.config import Count, DataSettings, Maybe, Minutes, Preset, Rate, Seed, Settings, Steps, Weight
 
 Source = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
-Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
 
@@ -18,7 +18,7 @@ class SheetSettings(DataSettings):
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, shapes:full or a folder of pictures")
     out: Path = Field(description="folder that gets data.json and manifest.jsonl")
-    seed: int = Field(0, ge=0, description="seed of a procedural source")
+    seed: Seed = Field(0, description="seed of a procedural source")
     preset: Preset = Field("tiny", description="gives --image-size where it is not given")
     fresh: bool = Field(False, description="read the source again even if its data sheet is there")
 
@@ -26,29 +26,39 @@ class SheetSettings(DataSettings):
 class RunSettings(DataSettings):
     """All of it: data sheet, stage 1, latents, stage 2, export, metrics, report; again to go on."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"out", "resume", "fresh", "checkpoint_every", "nproc"})
-
-    source: tyro.conf.Positional[Source] = Field(description="shapes, shapes:full or a folder of pictures")
-    out: Path = Field(description="folder of the run")
-    preset: Preset = Field("tiny", description="the one dial for width, batch, learning rate and length")
-    flip: bool = Field(False, description="learn mirror images too")
-    vae: Maybe[Path] = Field(None, description="use this autoencoder (a diffusers folder) instead of training one")
-    factor: Maybe[Literal[2, 4, 8, 16, 32]] = Field(None, description="picture side divided by latent side")
-    regularizer: Maybe[Literal["none", "kl", "tc", "vq", "fsq"]] = Field(None, description="of the latents")
-    perceptual: Maybe[Literal["none", "features", "lpips"]] = Field(None, description="perceptual loss of stage 1")
-    adversarial: Maybe[float] = Field(None, ge=0, description="weight of stage 1's adversarial loss; 0.5 is usual")
-    condition: Maybe[str] = Field(None, description="none, class, text, inpaint, superres:N or edges (default: class)")
-    objective: Maybe[Literal["flow", "v", "epsilon", "x0"]] = Field(None, description="of the diffusion model")
-    steps: Maybe[int] = Field(None, ge=0, description="optimiser steps of each stage (default: by preset)")
-    max_minutes: Maybe[float] = Field(None, gt=0, description="time for all of it, shared out over the stages")
-    batch_size: Maybe[int] = Field(None, ge=1, description="examples of one optimiser step (default: by preset)")
-    lr: Maybe[float] = Field(None, gt=0, description="peak learning rate of both stages (default: by preset)")
-    seed: int = Field(0, ge=0, description="with it and the settings everything random is fixed")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    nproc: int = Field(1, ge=1, description="processes of both stages")
-    resume: bool = Field(False, description="insist that there is something to go on from")
-    fresh: bool = Field(False, description="throw away what --out holds and begin again")
+    source: Fixed[tyro.conf.Positional[Source]] = Field(description="shapes, shapes:full or a folder of pictures")
+    out: Free[Path] = Field(description="folder of the run")
+    preset: Fixed[Preset] = Field("tiny", description="the one dial for width, batch, learning rate and length")
+    flip: Fixed[bool] = Field(False, description="learn mirror images too")
+    vae: Fixed[Maybe[Path]] = Field(
+        None, description="use this autoencoder (a diffusers folder) instead of training one"
+    )
+    factor: Fixed[Maybe[Literal[2, 4, 8, 16, 32]]] = Field(None, description="picture side divided by latent side")
+    regularizer: Fixed[Maybe[Literal["none", "kl", "tc", "vq", "fsq"]]] = Field(None, description="of the latents")
+    perceptual: Fixed[Maybe[Literal["none", "features", "lpips"]]] = Field(
+        None, description="perceptual loss of stage 1"
+    )
+    adversarial: Fixed[Maybe[Weight]] = Field(None, description="weight of stage 1's adversarial loss; 0.5 is usual")
+    condition: Fixed[Maybe[str]] = Field(
+        None, description="none, class, text, inpaint, superres:N or edges (default: class)"
+    )
+    objective: Fixed[Maybe[Literal["flow", "v", "epsilon", "x0"]]] = Field(None, description="of the diffusion model")
+    steps: Allowed[Maybe[Steps]] = Field(None, ge=0, description="optimiser steps of each stage (default: by preset)")
+    max_minutes: Allowed[Maybe[Minutes]] = Field(
+        None, gt=0, description="time for all of it, shared out over the stages"
+    )
+    batch_size: Fixed[Maybe[Count]] = Field(
+        None, ge=1, description="examples of one optimiser step (default: by preset)"
+    )
+    lr: Allowed[Maybe[Rate]] = Field(None, description="peak learning rate of both stages (default: by preset)")
+    seed: Fixed[Seed] = Field(0, description="with it and the settings everything random is fixed")
+    precision: Allowed[Literal["auto", "fp32", "bf16"]] = Field(
+        "auto", description="auto: bf16 where the device is good at it"
+    )
+    checkpoint_every: Free[Steps] = Field(500, ge=1, description="steps between checkpoints")
+    nproc: Free[int] = Field(1, ge=1, le=1024, description="processes of both stages")
+    resume: Free[bool] = Field(False, description="insist that there is something to go on from")
+    fresh: Free[bool] = Field(False, description="throw away what --out holds and begin again")
 
 
 class ExportSettings(Settings):
@@ -57,7 +67,7 @@ class ExportSettings(Settings):
     run: Path = Field(description="folder of the run")
     out: Maybe[Path] = Field(None, description="folder of the model (default: RUN/pipeline)")
     guide: Maybe[Path] = Field(None, description="weaker network to be guided away from: a run, or a UNet's folder")
-    seed: int = Field(0, ge=0, description="of the sample sheet")
+    seed: Seed = Field(0, description="of the sample sheet")
     stock: bool = Field(False, description="instead a layout that diffusers loads with no flag: RUN/stock")
     verify: bool = Field(False, description="draw with it by diffusers alone in another process, and compare")
     onnx: bool = Field(False, description="also the networks as ONNX files, checked against torch")
@@ -93,7 +103,7 @@ class EvaluateSettings(Settings):
     steps: Maybe[int] = Field(None, ge=1, le=1000, description="steps of the sampler (default: the model's)")
     guidance: Maybe[float] = Field(None, ge=0, le=100, description="guidance scale (default: the model's)")
     sampler: Maybe[str] = Field(None, description="ddim, dpm++2m, unipc, heun or euler (default: the model's)")
-    batch_size: int = Field(64, ge=1, description="samples drawn at once")
+    batch_size: Count = Field(64, ge=1, description="samples drawn at once")
     allow_download: bool = Field(False, description="fetch the weights of inception or dinov2 if they are not here")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import tyro
 from pydantic import BeforeValidator, Field, model_validator
 
-from calotype.config import DataSettings, Maybe, Settings, TrainSettings, fraction_of
+from calotype.changes import Allowed, Fixed, Free
+from calotype.config import Count, DataSettings, Maybe, Rate, Seed, Settings, Steps, TrainSettings, Weight, fraction_of
 from calotype.settings import Source
 
 
@@ -22,47 +23,66 @@ class VaeSettings(TrainSettings, DataSettings):
 
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1200, "small": 20_000, "base": 100_000, "large": 300_000}
 
-    source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
-    init: Maybe[Path] = Field(None, description="start from this autoencoder (a diffusers folder)")
-    width: int = Field(16, ge=4, description="channels of the first level")
-    factor: Literal[2, 4, 8, 16, 32] = Field(4, description="picture side divided by latent side")
-    layers: int = Field(1, ge=1, description="residual blocks a level")
-    latent_channels: int = Field(4, ge=1, description="channels of the latent")
-    attention: bool = Field(False, description="self-attention in the middle block")
-    latent_dim: Maybe[int] = Field(None, ge=1, description="squeeze a picture into this many numbers (a 1x1 latent)")
-    regularizer: Literal["none", "kl", "tc", "vq", "fsq"] = Field("kl", description="of the latents")
-    beta: Maybe[float] = Field(None, ge=0, description="weight of KL in a bound on log p(x); 1 makes it the ELBO")
-    likelihood: Maybe[Literal["gaussian", "laplace", "bernoulli"]] = Field(
+    source: Free[tyro.conf.Positional[Source]] = Field(description="shapes, a folder of pictures, or a data.json")
+    init: Fixed[Maybe[Path]] = Field(None, description="start from this autoencoder (a diffusers folder)")
+    width: Fixed[int] = Field(16, ge=4, le=4096, description="channels of the first level")
+    factor: Fixed[Literal[2, 4, 8, 16, 32]] = Field(4, description="picture side divided by latent side")
+    layers: Fixed[int] = Field(1, ge=1, le=16, description="residual blocks a level")
+    latent_channels: Fixed[int] = Field(4, ge=1, le=1024, description="channels of the latent")
+    attention: Fixed[bool] = Field(False, description="self-attention in the middle block")
+    latent_dim: Fixed[Maybe[int]] = Field(
+        None, ge=1, le=65_536, description="squeeze a picture into this many numbers (a 1x1 latent)"
+    )
+    regularizer: Fixed[Literal["none", "kl", "tc", "vq", "fsq"]] = Field("kl", description="of the latents")
+    beta: Fixed[Maybe[Weight]] = Field(None, description="weight of KL in a bound on log p(x); 1 makes it the ELBO")
+    likelihood: Fixed[Maybe[Literal["gaussian", "laplace", "bernoulli"]]] = Field(
         None, description="p(x|z) of such a bound (default: gaussian, where --beta or tc ask for a bound)"
     )
-    likelihood_scale: Maybe[float] = Field(None, gt=0, description="its scale, pixels in [-1, 1] (default: learnt)")
-    gamma: float = Field(10.0, ge=0, description="weight of the total correlation (--regularizer tc)")
-    posterior_std: Maybe[float] = Field(
-        None, gt=0, description="fixed standard deviation of the posterior (default: learnt in a bound, else 0.1)"
+    likelihood_scale: Fixed[Maybe[float]] = Field(
+        None, ge=1e-4, le=100, description="its scale, pixels in [-1, 1] (default: learnt)"
     )
-    learn_variance: bool = Field(False, description="let the encoder give the posterior's variance in any case")
-    beta_warmup: int = Field(0, ge=0, description="steps over which beta grows from 0")
-    free_bits: float = Field(0.0, ge=0, description="nats that each element of the latent may hold for nothing")
-    free_bits_per_sample: bool = Field(False, description="an allowance for each picture instead of the batch's mean")
-    codebook: int = Field(512, ge=2, description="vectors in the VQ codebook")
-    commitment: float = Field(0.25, ge=0, description="weight of the VQ commitment term")
-    levels: str = Field("8,5,5,5", pattern=r"^\d+(,\d+)*$", description="values of each FSQ channel")
-    corruption: Maybe[str] = Field(None, description="damage the input: gaussian:STD, mask:SHARE or salt:SHARE")
-    reconstruction: Maybe[Literal["l1", "mse"]] = Field(
+    gamma: Fixed[Weight] = Field(10.0, description="weight of the total correlation (--regularizer tc)")
+    posterior_std: Fixed[Maybe[float]] = Field(
+        None,
+        ge=1e-6,
+        le=100,
+        description="fixed standard deviation of the posterior (default: learnt in a bound, else 0.1)",
+    )
+    learn_variance: Fixed[bool] = Field(False, description="let the encoder give the posterior's variance in any case")
+    beta_warmup: Fixed[Steps] = Field(0, ge=0, description="steps over which beta grows from 0")
+    free_bits: Fixed[Weight] = Field(0.0, description="nats that each element of the latent may hold for nothing")
+    free_bits_per_sample: Fixed[bool] = Field(
+        False, description="an allowance for each picture instead of the batch's mean"
+    )
+    codebook: Fixed[int] = Field(512, ge=2, le=2**18, description="vectors in the VQ codebook")
+    commitment: Fixed[Weight] = Field(0.25, description="weight of the VQ commitment term")
+    levels: Fixed[str] = Field(
+        "8,5,5,5", pattern=r"^\d{1,6}(,\d{1,6}){0,17}$", description="values of each FSQ channel"
+    )
+    corruption: Fixed[Maybe[str]] = Field(None, description="damage the input: gaussian:STD, mask:SHARE or salt:SHARE")
+    reconstruction: Fixed[Maybe[Literal["l1", "mse"]]] = Field(
         None, description="error without a bound (default: mse; l1 beside a perceptual loss)"
     )
-    perceptual: Literal["none", "features", "lpips"] = Field("none", description="perceptual loss")
-    perceptual_weight: Maybe[float] = Field(None, gt=0, description="its weight (default: 3 for features, 1 for lpips)")
-    allow_download: bool = Field(False, description="fetch the weights of --perceptual lpips if they are not here")
-    adversarial: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0 for none, 0.5 is usual")
-    adversarial_start: str = Field("0.5", description="share of the run after which it begins, or plateau")
-    adversarial_pretraining: int = Field(200, ge=0, description="steps of the discriminator before the decoder sees it")
-    adversarial_cap: float = Field(100.0, gt=0, description="largest adaptive weight")
-    r1: float = Field(0.1, ge=0, description="weight of the discriminator's gradient penalty on real pictures")
-    max_psnr_drop: float = Field(1.5, gt=0, description="dB that sharpness may cost before the run goes back")
-    discriminator_lr: Maybe[float] = Field(None, gt=0, description="of the critic (default: a tenth of --lr)")
-    flip: bool = Field(False, description="mirror half of the pictures")
-    workers: int = Field(0, ge=0, description="processes that decode pictures; 0 decodes in the main one")
+    perceptual: Fixed[Literal["none", "features", "lpips"]] = Field("none", description="perceptual loss")
+    perceptual_weight: Fixed[Maybe[Weight]] = Field(
+        None, gt=0, description="its weight (default: 3 for features, 1 for lpips)"
+    )
+    allow_download: Free[bool] = Field(
+        False, description="fetch the weights of --perceptual lpips if they are not here"
+    )
+    adversarial: Fixed[Weight] = Field(0.0, description="weight of the adversarial loss; 0 for none, 0.5 is usual")
+    adversarial_start: Allowed[str] = Field("0.5", description="share of the run after which it begins, or plateau")
+    adversarial_pretraining: Allowed[Steps] = Field(
+        200, ge=0, description="steps of the discriminator before the decoder sees it"
+    )
+    adversarial_cap: Allowed[Weight] = Field(100.0, gt=0, description="largest adaptive weight")
+    r1: Fixed[Weight] = Field(0.1, description="weight of the discriminator's gradient penalty on real pictures")
+    max_psnr_drop: Allowed[float] = Field(
+        1.5, gt=0, le=1000, description="dB that sharpness may cost before the run goes back"
+    )
+    discriminator_lr: Allowed[Maybe[Rate]] = Field(None, description="of the critic (default: a tenth of --lr)")
+    flip: Fixed[bool] = Field(False, description="mirror half of the pictures")
+    workers: Free[int] = Field(0, ge=0, le=256, description="processes that decode pictures; 0 decodes in the main one")
 
     @model_validator(mode="after")
     def _one_error(self) -> Self:
@@ -108,9 +128,9 @@ class EncodeSettings(DataSettings):
     vae: Path = Field(description="autoencoder (a diffusers folder)")
     out: Path = Field(description="folder of the cache")
     flip: bool = Field(False, description="cache mirror images too")
-    batch_size: int = Field(128, ge=1, description="pictures encoded at once")
-    shard_size: int = Field(16_384, ge=1, description="pictures in one shard")
-    seed: int = Field(0, ge=0, description="seed of a procedural source")
+    batch_size: Count = Field(128, ge=1, description="pictures encoded at once")
+    shard_size: int = Field(16_384, ge=1, le=10**7, description="pictures in one shard")
+    seed: Seed = Field(0, description="seed of a procedural source")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     fresh: bool = Field(False, description="encode again even if the cache is complete")
 
@@ -121,8 +141,8 @@ class EmbedSettings(DataSettings):
     source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of pictures, or a data.json")
     vae: Path = Field(description="autoencoder (a diffusers folder)")
     out: Path = Field(description="file that gets the codes: .npz or .parquet")
-    batch_size: int = Field(128, ge=1, description="pictures encoded at once")
-    seed: int = Field(0, ge=0, description="seed of a procedural source, and of the untrained encoder")
+    batch_size: Count = Field(128, ge=1, description="pictures encoded at once")
+    seed: Seed = Field(0, description="seed of a procedural source, and of the untrained encoder")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     fresh: bool = Field(False, description="replace --out if it is there")
 
@@ -131,7 +151,7 @@ class TokensSettings(EmbedSettings):
     """Write every picture as a grid of code numbers into one file; needs an autoencoder with a codebook."""
 
     out: Path = Field(description="file that gets the tokens: .npz")
-    seed: int = Field(0, ge=0, description="seed of a procedural source")
+    seed: Seed = Field(0, description="seed of a procedural source")
 
 
 class ConvertSettings(Settings):
@@ -141,7 +161,9 @@ class ConvertSettings(Settings):
         description="checkpoint from elsewhere (.ckpt, .pt, .pth, .bin or .safetensors), its autoencoder alone or not"
     )
     out: Path = Field(description="folder of the autoencoder")
-    image_size: int = Field(256, ge=1, description="side of the pictures it is meant for; kept in its config")
+    image_size: int = Field(
+        256, ge=1, le=99_999, description="side of the pictures it is meant for; kept in its config"
+    )
 
 
 def _one_or_more(value: Any) -> Any:
@@ -161,7 +183,7 @@ class EvaluateVaeSettings(DataSettings):
         "gradients", description="in which rfid and rkid compare pictures with reconstructions"
     )
     allow_download: bool = Field(False, description="fetch the weights of --features inception if they are not here")
-    samples: int = Field(64, ge=1, description="of z for each picture, for the bounds on log p(x)")
-    batch_size: int = Field(128, ge=1, description="pictures at once")
-    seed: int = Field(0, ge=0, description="of a procedural source, and of the samples")
+    samples: Count = Field(64, ge=1, description="of z for each picture, for the bounds on log p(x)")
+    batch_size: Count = Field(128, ge=1, description="pictures at once")
+    seed: Seed = Field(0, description="of a procedural source, and of the samples")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")

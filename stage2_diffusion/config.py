@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import tyro
 from pydantic import Field, model_validator
 
-from calotype.config import Maybe, Settings, TrainSettings
+from calotype.changes import Allowed, Fixed, Free
+from calotype.config import Count, Maybe, Settings, Steps, TrainSettings
 
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Condition = Annotated[str, Field(pattern=r"^(none|class|text|inpaint|edges|superres:(2|4|8|16))$")]
@@ -15,7 +16,6 @@ Condition = Annotated[str, Field(pattern=r"^(none|class|text|inpaint|edges|super
 class DiffusionSettings(TrainSettings):
     """Stage 2: train a diffusion model of the cached latents."""
 
-    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"latents", "vae", "init", "data", "text_encoder"}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # In a few minutes more comes of the times near noise, where structure is decided (benchmarks.objectives).
         "tiny": {"width": 64, "depth": 2, "layers": 1, "batch_size": 64, "lr": 2e-3, "time_mean": 0.6},
@@ -25,44 +25,65 @@ class DiffusionSettings(TrainSettings):
     }
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1800, "small": 40_000, "base": 200_000, "large": 500_000}
 
-    latents: Path = Field(description="folder of the latent cache")
-    vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
-    data: Maybe[Path] = Field(None, description="data sheet for image conditions (default: LATENTS/../data.json)")
-    init: Maybe[Path] = Field(None, description="go on from the UNet of this run")
-    width: int = Field(64, ge=8, description="channels of the first level")
-    depth: int = Field(2, ge=1, le=5, description="levels at most, each half as large as the one before")
-    layers: int = Field(1, ge=1, description="residual blocks a level")
-    attention: bool = Field(False, description="self-attention below the first level")
-    gradient_checkpointing: bool = Field(False, description="compute activations twice and keep fewer of them")
+    latents: Free[Path] = Field(description="folder of the latent cache")
+    vae: Free[Maybe[Path]] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
+    data: Free[Maybe[Path]] = Field(None, description="data sheet for image conditions (default: LATENTS/../data.json)")
+    init: Fixed[Maybe[Path]] = Field(None, description="go on from the UNet of this run")
+    width: Fixed[int] = Field(64, ge=8, le=8192, description="channels of the first level")
+    depth: Fixed[int] = Field(2, ge=1, le=5, description="levels at most, each half as large as the one before")
+    layers: Fixed[int] = Field(1, ge=1, le=16, description="residual blocks a level")
+    attention: Fixed[bool] = Field(False, description="self-attention below the first level")
+    gradient_checkpointing: Allowed[bool] = Field(False, description="compute activations twice and keep fewer of them")
 
-    condition: Maybe[Condition] = Field(
+    condition: Fixed[Maybe[Condition]] = Field(
         None,
         description="none, class, text, inpaint, superres:N or edges; pictures are given beside the class where there "
         "are classes (default: class where there are any, else none)",
     )
-    text_encoder: Maybe[Path] = Field(None, description="folder of a CLIP text encoder to use as it is, not trained")
-    text_width: int = Field(128, ge=16, multiple_of=16, description="width of the text encoder that is trained")
-    text_layers: int = Field(2, ge=1, description="its layers")
-    label_dropout: float = Field(0.05, ge=0, le=1, description="share of labels or captions hidden, for guidance")
+    text_encoder: Free[Maybe[Path]] = Field(
+        None, description="folder of a CLIP text encoder to use as it is, not trained"
+    )
+    text_width: Fixed[int] = Field(
+        128, ge=16, le=8192, multiple_of=16, description="width of the text encoder that is trained"
+    )
+    text_layers: Fixed[int] = Field(2, ge=1, le=64, description="its layers")
+    label_dropout: Fixed[float] = Field(
+        0.05, ge=0, le=1, description="share of labels or captions hidden, for guidance"
+    )
 
-    objective: Literal["flow", "v", "epsilon", "x0"] = Field("flow", description="what the network learns to predict")
-    density: Maybe[Literal["uniform", "logit-normal", "mode"]] = Field(
+    objective: Fixed[Literal["flow", "v", "epsilon", "x0"]] = Field(
+        "flow", description="what the network learns to predict"
+    )
+    density: Fixed[Maybe[Literal["uniform", "logit-normal", "mode"]]] = Field(
         None, description="of the times (default: logit-normal for flow, uniform for the rest)"
     )
-    time_mean: float = Field(
-        0.0, description="of the normal number whose sigmoid is a logit-normal time; above 0 is nearer noise"
+    time_mean: Fixed[float] = Field(
+        0.0,
+        ge=-100,
+        le=100,
+        description="of the normal number whose sigmoid is a logit-normal time; above 0 is nearer noise",
     )
-    time_std: float = Field(1.0, gt=0, description="its deviation")
-    weighting: Literal["none", "min-snr", "edm", "uncertainty"] = Field("none", description="of the errors, by time")
-    zero_terminal_snr: bool = Field(False, description="noise without a trace of the picture at the end (v, x0)")
+    time_std: Fixed[float] = Field(1.0, gt=0, le=100, description="its deviation")
+    weighting: Fixed[Literal["none", "min-snr", "edm", "uncertainty"]] = Field(
+        "none", description="of the errors, by time"
+    )
+    zero_terminal_snr: Fixed[bool] = Field(False, description="noise without a trace of the picture at the end (v, x0)")
 
-    ema_width: float = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)")
-    no_snapshots: bool = Field(False, description="do not keep what `calotype posthoc-ema` makes other averages of")
-    kid_samples: int = Field(128, ge=0, description="samples of each validation whose distance is taken (0: none)")
-    guidance: Maybe[float] = Field(
-        None, ge=0, description="default guidance scale of the model (default: by condition)"
+    ema_width: Fixed[float] = Field(
+        0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)"
     )
-    sampler_steps: int = Field(15, ge=1, description="evaluations that the exported model uses by default")
+    no_snapshots: Fixed[bool] = Field(
+        False, description="do not keep what `calotype posthoc-ema` makes other averages of"
+    )
+    kid_samples: Allowed[Count] = Field(
+        128, ge=0, description="samples of each validation whose distance is taken (0: none)"
+    )
+    guidance: Allowed[Maybe[float]] = Field(
+        None, ge=0, le=100, description="default guidance scale of the model (default: by condition)"
+    )
+    sampler_steps: Allowed[int] = Field(
+        15, ge=1, le=1000, description="evaluations that the exported model uses by default"
+    )
 
     @model_validator(mode="after")
     def _what_does_not_go_together(self) -> Self:
@@ -85,5 +106,5 @@ class PosthocEmaSettings(Settings):
 
     run: tyro.conf.Positional[Run] = Field(description="folder of the run, or of its stage 2")
     width: float = Field(gt=0, lt=0.28, description="relative width of the average (EDM2's sigma_rel)")
-    until: Maybe[int] = Field(None, ge=1, description="after this step, for an earlier model (--guide of export)")
+    until: Maybe[Steps] = Field(None, ge=1, description="after this step, for an earlier model (--guide of export)")
     out: Maybe[Path] = Field(None, description="folder of the weights (default: in place of the exported ones)")

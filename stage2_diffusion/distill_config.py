@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Self
 import tyro
 from pydantic import Field
 
-from calotype.config import Maybe, TrainSettings
+from calotype.changes import Allowed, Fixed, Free
+from calotype.config import Maybe, Rate, Steps, TrainSettings
 
 _DECODER_SHARE = 0.4  # of --max-minutes
 
@@ -14,7 +15,6 @@ _DECODER_SHARE = 0.4  # of --max-minutes
 class DistillSettings(TrainSettings):
     """A student that draws in a few steps and a tiny decoder, out of a finished run; `--fast` draws with them."""
 
-    FREE: ClassVar[frozenset[str]] = TrainSettings.FREE | {"run", "student_steps", "latents", "vae", "data"}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"batch_size": 64, "lr": 5e-4},
         "small": {"batch_size": 128, "lr": 2e-4},
@@ -24,22 +24,30 @@ class DistillSettings(TrainSettings):
     LENGTHS: ClassVar[dict[str, int]] = {"tiny": 600, "small": 6_000, "base": 20_000, "large": 40_000}
     DECODER_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 5000, "small": 10_000, "base": 20_000, "large": 40_000}
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]] = Field(description="finished run")
-    out: Maybe[Path] = Field(None, description="folder of the student and the decoder (default: RUN/distilled)")
-    latents: Maybe[Path] = Field(None, description="folder of the latent cache (default: RUN/latents)")
-    vae: Maybe[Path] = Field(None, description="the cache's autoencoder (default: RUN/stage1_vae/vae)")
-    data: Maybe[Path] = Field(None, description="data sheet of the run (default: RUN/data.json)")
+    run: Free[tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]] = Field(description="finished run")
+    out: Free[Maybe[Path]] = Field(None, description="folder of the student and the decoder (default: RUN/distilled)")
+    latents: Free[Maybe[Path]] = Field(None, description="folder of the latent cache (default: RUN/latents)")
+    vae: Free[Maybe[Path]] = Field(None, description="the cache's autoencoder (default: RUN/stage1_vae/vae)")
+    data: Free[Maybe[Path]] = Field(None, description="data sheet of the run (default: RUN/data.json)")
 
-    student_steps: int = Field(4, ge=1, le=8, description="evaluations in which the student draws by default")
-    guidance: Maybe[float] = Field(None, ge=0, description="guidance that the student learns (default: the model's)")
-    teacher_steps: int = Field(24, ge=4, le=200, description="of the grid on which the student becomes consistent")
-    ema_width: float = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)")
+    student_steps: Free[int] = Field(4, ge=1, le=8, description="evaluations in which the student draws by default")
+    guidance: Fixed[Maybe[float]] = Field(
+        None, ge=0, le=100, description="guidance that the student learns (default: the model's)"
+    )
+    teacher_steps: Fixed[int] = Field(
+        24, ge=4, le=200, description="of the grid on which the student becomes consistent"
+    )
+    ema_width: Fixed[float] = Field(
+        0.05, gt=0, lt=0.28, description="relative width of the weight average (EDM2's sigma_rel)"
+    )
 
-    decoder_steps: Maybe[int] = Field(
+    decoder_steps: Allowed[Maybe[Steps]] = Field(
         None, ge=0, description="optimiser steps of the tiny decoder (default: by preset)"
     )
-    decoder_width: Maybe[int] = Field(None, ge=4, description="its channels (default: the autoencoder's first level)")
-    decoder_lr: float = Field(6e-3, gt=0, description="its peak learning rate")
+    decoder_width: Fixed[Maybe[int]] = Field(
+        None, ge=4, le=4096, description="its channels (default: the autoencoder's first level)"
+    )
+    decoder_lr: Allowed[Rate] = Field(6e-3, description="its peak learning rate")
 
     @property
     def folder(self) -> Path:
