@@ -78,6 +78,11 @@ COMMANDS = {
         "the way from one picture or seed to another",
     ),
     "push": ("calotype.pipeline.config:PushSettings", "calotype.pipeline.push:main", "send a model folder to the Hub"),
+    "doctor": (
+        "calotype.settings:DoctorSettings",
+        "calotype.doctor:main",
+        "try out this machine: disk, device, killing and resuming",
+    ),
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 

@@ -121,3 +121,10 @@ class DemoSettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Maybe[int] = Field(None, ge=1, le=65535, description="port (default: the first free one from 7860)")
     open_browser: bool = Field(False, description="open the page in a browser")
+
+
+class DoctorSettings(Settings):
+    """Try out whether this machine can be trusted with a run, and print a table; nothing is left behind."""
+
+    out: Maybe[Path] = Field(None, description="folder whose disk is tried (default: the current one)")
+    quick: bool = Field(False, description="leave out what trains: seconds instead of a minute")
