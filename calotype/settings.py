@@ -1,5 +1,6 @@
 """Settings of the commands that belong to no stage."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -10,6 +11,7 @@ from calotype.changes import Allowed, Fixed, Free
 from calotype.config import Count, DataSettings, Maybe, Minutes, Preset, Rate, Seed, Settings, Steps, Weight
 
 Source = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+Models = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
 
@@ -115,12 +117,42 @@ class ReportSettings(Settings):
 
 
 class DemoSettings(Settings):
-    """Serve a page to play with a model; unless --host says otherwise, only this machine can reach it."""
+    """Serve a page to play with models; only this machine can reach it, unless it is --public."""
 
-    model: tyro.conf.Positional[Model] = Field(description="model folder, or a run folder that holds one")
-    host: str = Field("127.0.0.1", description="address to listen on")
+    models: tyro.conf.Positional[Models] = Field(
+        min_length=1, description="model folders, or run folders that hold one; visitors choose by name"
+    )
+    host: Maybe[str] = Field(None, description="address to listen on (default: 127.0.0.1, or 0.0.0.0 with --public)")
     port: Maybe[int] = Field(None, ge=1, le=65535, description="port (default: the first free one from 7860)")
+    public: bool = Field(False, description="let others reach the page; asks them for a password, printed at the start")
+    password_file: Maybe[Path] = Field(None, description="ask for the password in this file's first line")
+    no_auth: bool = Field(False, description="with --public: ask for no password")
     open_browser: bool = Field(False, description="open the page in a browser")
+
+    @property
+    def address(self) -> str:
+        """The address to listen on."""
+        return self.host or ("0.0.0.0" if self.public else "127.0.0.1")
+
+    @model_validator(mode="after")
+    def _others_come_in_only_when_asked(self) -> Self:
+        if not self.public and not _is_loopback(self.address):
+            raise ValueError(
+                f"--host {self.host}: others could reach it; add --public, which asks them for a password, "
+                "or leave --host out."
+            )
+        if self.no_auth and not self.public:
+            raise ValueError("--no-auth says nothing without --public; leave it out, or add --public.")
+        if self.no_auth and self.password_file is not None:
+            raise ValueError("--no-auth and --password-file exclude each other; give one of them.")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class DoctorSettings(Settings):

@@ -1,54 +1,104 @@
-"""`calotype demo MODEL`: serve a page to play with a model, on this machine, with nothing from elsewhere."""
+"""`calotype demo MODEL [MODEL ...]`: serve a page to play with models, on this machine, with nothing from elsewhere."""
 
 import os
 import signal
 import tempfile
+import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from calotype.errors import UserError
+from calotype.demo import access
+from calotype.demo.cache import Cache
+from calotype.demo.listening import address, listen
 
-# What the server refuses: uploads beyond this size, a longer queue, files older than an hour, any call past the queue.
-LAUNCH = {
-    "prevent_thread_lock": True,
-    "quiet": True,
-    "share": False,
-    "show_error": False,
-    "max_file_size": "8mb",
-    "max_threads": 8,
-    "state_session_capacity": 200,
-    "enable_monitoring": False,
-    "run_history": False,
-    "ssr_mode": False,
-    "mcp_server": False,
-    "pwa": False,
-    "footer_links": [],
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from calotype.demo.server import Background
+
+# Gradio reads these on import. It would keep figures on its last 10,000 events, and make a table of them after each.
+ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
+    "GRADIO_SHARE": "False",
+    "HF_HUB_OFFLINE": "1",
 }
-QUEUE = {"max_size": 16, "api_open": False}
-MOST_BYTES = 9_000_000  # of any request
 
 
 def main(settings) -> None:
-    """Serve the demo until Ctrl-C."""
+    """Serve the demo until Ctrl-C or SIGTERM, and leave nothing behind."""
+    models = [model.resolve() for model in settings.models]
+    password = access.password_for(settings.public, settings.no_auth, settings.password_file)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder goes in any case
-    with tempfile.TemporaryDirectory(prefix="calotype-demo-") as temporary:
-        app = build(settings.model, temporary)
-        url = serve(app, settings.host, settings.port, inbrowser=settings.open_browser)
-        print(f"The demo of {settings.model} is at {url} (Ctrl-C ends it).", flush=True)
-        app.block_thread()
+    try:
+        with tempfile.TemporaryDirectory(prefix="calotype-demo-", ignore_cleanup_errors=True) as temporary:
+            _serve(settings, models, Path(temporary), password)
+    except KeyboardInterrupt:
+        print("The demo has ended.", flush=True)
 
 
-def build(model: Path, temporary: str):
-    """The Gradio page for a model folder or a run; the environment is set before Gradio reads it on import."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=temporary, HF_HUB_OFFLINE="1")
+def _serve(settings, models: list[Path], temporary: Path, password: str | None) -> None:
+    """Listen first, which may be refused, then load and serve."""
+    folders = [temporary / name for name in ("cache", "spool", "empty")]
+    for folder in folders:
+        folder.mkdir(mode=0o700)
+    cache, spool, empty = folders
+    tempfile.tempdir = str(spool)
+    os.chdir(empty)  # Gradio hands out files of the working directory if a function names one
+    auth = None if password is None else access.checker(password)
+    with listen(settings.address, settings.port) as listening:
+        blocks = build(models, str(cache))
+        from calotype.demo import server
+
+        def ready() -> None:
+            print(welcome(blocks.title, address(listening), settings, password), flush=True)
+            if settings.open_browser:
+                webbrowser.open(address(listening))
+
+        app = server.application(blocks, Cache(cache), auth, settings.public)
+        server.Server(app, blocks, ready).run(sockets=[listening])
+
+
+def welcome(title: str, url: str, settings, password: str | None) -> str:
+    """What is said once the page is there."""
+    lines = [f"The demo of {title.removesuffix(' · Calotype')} is at {url} (Ctrl-C ends it)."]
+    if password is not None and settings.password_file is None:
+        lines.append(f"Visitors log in as {access.USER} with the password {password} (a new one each time).")
+    if settings.public:
+        lines.append("Others can reach it; put a proxy with TLS before it where the network is not your own.")
+    return "\n".join(lines)
+
+
+def build(models: Path | list[Path], temporary: str) -> "gr.Blocks":
+    """The Gradio page for model folders or runs; the environment is set before Gradio reads it on import."""
+    os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=os.path.realpath(temporary))
     from calotype.demo import page
+
+    return page.build_all(registry([models] if isinstance(models, Path) else models))
+
+
+def registry(models: list[Path]) -> dict:
+    """What is served by the name that visitors choose; of models of the same name the later ones have a number."""
+    served = {}
+    for model in models:
+        name = title = title_of(model)
+        while name in served:
+            name = f"{title} {sum(other.startswith(title) for other in served) + 1}"
+        served[name] = open_model(model)
+    return served
+
+
+def open_model(model: Path):
+    """What the page shows of a model folder or run, ready to serve."""
     from calotype.demo.explore import Explorer
+    from calotype.demo.page import Served
     from calotype.demo.run_folder import find_run
 
     run = find_run(model)
     still_trains = run is not None and not (run.folder / "pipeline" / "model_index.json").is_file()
     studio = None if still_trains else open_studio(model)
-    explorer = Explorer.of_run(run.folder) if still_trains else None
-    return page.build(studio, title_of(model), run, explorer).queue(**QUEUE)
+    return Served(studio, run, Explorer.of_run(run.folder) if still_trains else None)
 
 
 def open_studio(model: Path):
@@ -61,20 +111,12 @@ def open_studio(model: Path):
     return Studio(pipe, Explorer.open(folder, pipe.vae), folder)
 
 
-def serve(app, host: str, port: int | None, inbrowser: bool = False) -> str:
-    """Launch a page with the house's limits in the background and return its address."""
-    from starlette.middleware import Middleware
+def serve(blocks: "gr.Blocks", host: str = "127.0.0.1", port: int | None = None, auth=None) -> "Background":
+    """Serve a page in the background with the house's limits; raises UserError."""
+    from calotype.demo import server
 
-    from calotype.demo import page
-    from calotype.demo.door import Door
-
-    guarded = {"app_kwargs": {"middleware": [Middleware(Door, most_bytes=MOST_BYTES)]}}
-    looks = {"theme": page.theme(), "css": page.CSS}
-    try:
-        app.launch(server_name=host, server_port=port, inbrowser=inbrowser, **looks, **guarded, **LAUNCH)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); try another --port") from None
-    return app.local_url
+    listening = listen(host, port)
+    return server.Background(server.application(blocks, Cache(os.environ["GRADIO_TEMP_DIR"]), auth), blocks, listening)
 
 
 def title_of(folder: Path) -> str:

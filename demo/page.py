@@ -1,6 +1,8 @@
 """The page: its masthead, its looks, and a tab for each thing that the loaded model can do."""
 
+import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -53,20 +55,49 @@ def _hue(shades: str) -> gr.themes.Color:
     return gr.themes.Color(*(f"#{shade}" for shade in shades.split()))
 
 
+class Served(NamedTuple):
+    """A model, or an autoencoder alone, and the run of either; what is None has no tabs."""
+
+    studio: Studio | None
+    run: RunFolder | None = None
+    explorer: Any = None
+
+
 def build(studio: Studio | None, title: str, run: RunFolder | None = None, explorer=None) -> gr.Blocks:
-    """The page for a model, or for an autoencoder alone, with the tabs that it can serve, and for the run of either."""
+    """The page for one model, with the tabs that it can serve."""
+    return build_all({title: Served(studio, run, explorer)})
+
+
+def build_all(served: dict[str, Served]) -> gr.Blocks:
+    """The page with a leaf for each model, which visitors turn to by its name."""
+    (title, first), *others = served.items()
     with gr.Blocks(
-        title=f"{title} · Calotype", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
+        title=f"{', '.join(served)} · Calotype", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as app:
-        gr.HTML(masthead(studio, title), apply_default_css=False)
-        if studio is not None:
-            model_tabs(studio)
-        elif explorer is not None:
-            explorer_tab(explorer)
-        if run is not None:
-            with gr.Tab("Run"):
-                run_tab(run, app)
+        if others:
+            gr.Navbar(main_page_name=title)
+        leaf(app, title, first)
+    for title, model in others:
+        with app.route(title, path_of(title)):
+            leaf(app, title, model)
     return app
+
+
+def path_of(title: str) -> str:
+    """The address of a model's leaf."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-.") or "model"
+
+
+def leaf(app: gr.Blocks, title: str, served: Served) -> None:
+    """Everything about one model."""
+    gr.HTML(masthead(served.studio, title), apply_default_css=False)
+    if served.studio is not None:
+        model_tabs(served.studio)
+    elif served.explorer is not None:
+        explorer_tab(served.explorer)
+    if served.run is not None:
+        with gr.Tab("Run"):
+            run_tab(served.run, app)
 
 
 def model_tabs(studio: Studio) -> None:

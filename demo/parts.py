@@ -2,7 +2,9 @@
 
 import base64
 import io
+import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -23,11 +25,16 @@ PRIVATE = {"api_visibility": "private", "queue": False, "show_progress": "hidden
 
 @contextmanager
 def for_visitors():
-    """Turn our own one-line errors into Gradio's, the only ones that it shows."""
+    """Turn our own one-line errors into Gradio's, the only ones that it shows, and others into a number in the log."""
     try:
         yield
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
+    except Exception as error:
+        number = secrets.token_hex(4)
+        logging.getLogger(__name__).exception("error %s", number)
+        words = f"Something went wrong here. Whoever runs this page finds error {number} in its log."
+        raise gr.Error(words, print_exception=False) from error
 
 
 class Halt:

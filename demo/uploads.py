@@ -1,14 +1,16 @@
 """The gate for what visitors send: Gradio keeps it as it came, and only `load_image` looks inside."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 from gradio.components.base import server
-from gradio.components.image_editor import EditorData
+from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio.data_classes import DataWithFiles
 from PIL import Image, ImageChops
 
+from calotype.demo.cache import Cache
 from calotype.errors import UserError
 from calotype.images import load_image
 
@@ -16,6 +18,7 @@ MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memor
 MOST_LAYERS = 4
 MOST_SKETCHES = 16  # brushed pictures that wait for their request
 MOST_BYTES = 8_000_000  # of one layer
+MOST_SKETCHED = 32_000_000  # bytes of all of these together
 
 Source = str | bytes
 
@@ -46,8 +49,13 @@ def _accept_blobs(canvas, data: DataWithFiles) -> None:
     """Keep one layer of a sketch until its request comes; what is too large, too much or not one is left out."""
     if _is_layer(data):
         gr.ImageEditor.accept_blobs(canvas, data)
-    while len(canvas.blob_storage) > MOST_SKETCHES:
-        canvas.blob_storage.pop(next(iter(canvas.blob_storage)), None)
+    kept = canvas.blob_storage
+    while len(kept) > MOST_SKETCHES or sum(map(_size, list(kept.values()))) > MOST_SKETCHED:
+        kept.pop(next(iter(kept)), None)
+
+
+def _size(sketch: EditorDataBlobs) -> int:
+    return sum(len(part) for part in (sketch.background, sketch.composite, *sketch.layers) if part)
 
 
 def _is_layer(data) -> bool:
@@ -69,6 +77,32 @@ def upload_field(label: str, height: int, crisp: str = "", **more) -> gr.Image:
     return Upload(label=label, type="filepath", sources=["upload"], **looks, **more)
 
 
+def refuse_strangers_files(blocks: gr.Blocks, cache: Cache) -> None:
+    """From now on a request may name files in the cache alone; Gradio would copy or fetch others before we see them."""
+    unguarded = blocks.preprocess_data
+
+    async def preprocess_data(function, inputs: list, *more, **options):
+        for path in _paths(inputs):
+            if not isinstance(path, str) or not cache.holds(path):
+                raise gr.Error("This file was not uploaded here, or is gone; drop it again.", print_exception=False)
+        return await unguarded(function, inputs, *more, **options)
+
+    blocks.preprocess_data = preprocess_data
+
+
+def _paths(data) -> Iterator:
+    """What stands under "path" anywhere in JSON values, however deep."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if value.get("path") is not None:
+                yield value["path"]
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+
+
 def _source(file) -> Source | None:
     return file if file is None or isinstance(file, bytes) else file.path
 
@@ -77,9 +111,17 @@ def open_picture(source: Source | None, channels: int, background: tuple[int, in
     """What a visitor sent as a picture; raises UserError where there is none that can be read."""
     if source is None:
         raise UserError("no picture yet; drop one on the field first")
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    stream = io.BytesIO(content)  # without a name: a visitor must not see this machine's paths
+    stream = io.BytesIO(
+        source if isinstance(source, bytes) else _content(source)
+    )  # without a name: a visitor must not see this machine's paths
     return load_image(stream, channels=channels, max_pixels=MOST_PIXELS, background=background)
+
+
+def _content(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:  # the cache is swept
+        raise UserError("this picture is gone; drop it again") from None
 
 
 def strokes(layers: list[Source]) -> Image.Image | None:

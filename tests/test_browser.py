@@ -47,8 +47,9 @@ def server(run, tmp_path_factory):
             environment.setenv(name, "")
         temporary = tmp_path_factory.mktemp("temporary")
         blocks = app.build(run, str(temporary))
-        yield SimpleNamespace(url=app.serve(blocks, "127.0.0.1", None), temporary=temporary)
-        blocks.close(verbose=False)
+        served = app.serve(blocks)
+        yield SimpleNamespace(url=served.url, temporary=temporary)
+        served.close()
 
 
 @pytest.fixture(scope="module")

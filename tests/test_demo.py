@@ -81,14 +81,14 @@ def server(run, strangers, tmp_path_factory):
         for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
             environment.setenv(name, "")  # so that what build() sets is undone
         blocks = app.build(find(run), str(temporary))
-        url = app.serve(blocks, "127.0.0.1", None)
+        served = app.serve(blocks)
         assert strangers == []
         downloads = str(tmp_path_factory.mktemp("downloads"))
-        client = gradio_client.Client(url, verbose=False, analytics_enabled=False, download_files=downloads)
+        client = gradio_client.Client(served.url, verbose=False, analytics_enabled=False, download_files=downloads)
         strangers.clear()  # the client may have looked for its registry; the server has not
-        yield SimpleNamespace(url=url, client=client, temporary=temporary)
+        yield SimpleNamespace(url=served.url, client=client, temporary=temporary)
         client.close()
-        blocks.close(verbose=False)
+        served.close()
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +260,22 @@ def test_nothing_was_asked_outside_this_machine(server, strangers):
     assert strangers == []
 
 
-def test_requests_are_clamped_or_refused(studio):
-    request = studio.request("disc", 99, -5, 0, 1e9)
-    assert (request.num_images, request.seed, request.num_inference_steps, request.guidance_scale) == (16, 0, 1, 15)
-    assert studio.request("disc", 2.9, 3.0, 4, 1).num_images == 2
-    for order in (
-        ("cat", 1, 0, 1, 1),
-        ("disc", None, 0, 1, 1),
-        ("disc", 1, "x", 1, 1),
-        ("disc", 1, 0, 1, float("nan")),
+def test_requests_out_of_range_are_refused_by_name(studio):
+    request = studio.request("disc", 2.0, 3.0, 4, 1)
+    assert (request.num_images, request.seed) == (2, 3) and isinstance(request.seed, int)
+    for order, reason in (
+        (("cat", 1, 0, 1, 1), "label 'cat'"),
+        (("disc", None, 0, 1, 1), "number of images 'None' is not a number"),
+        (("disc", 17, 0, 1, 1), "number of images 17 must be a whole number from 1 to 16"),
+        (("disc", 2.9, 0, 1, 1), "number of images 2.9 must be"),
+        (("disc", 1, "x", 1, 1), "seed 'x' is not a number"),
+        (("disc", 2, 2**32 - 1, 1, 1), f"seed 4294967295 must be a whole number from 0 to {2**32 - 2}"),
+        (("disc", 1, 0, 201, 1), "steps 201 must be a whole number from 1 to 200"),
+        (("disc", 1, 0, 1, 1e9), "guidance 1000000000.0 must be a number from 0 to 15"),
+        (("disc", 1, 0, 1, float("nan")), "guidance 'nan' is not a number"),
+        (("disc", 1, 0, 1, 1, None, 0.5, 2), r"guidance from and to \(0.5, 2\) must be two times"),
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=reason):
             studio.request(*order)
 
 
@@ -349,5 +354,5 @@ def test_port_in_use_is_a_user_error(server, studio):
 
     port = int(server.url.rstrip("/").rpartition(":")[2])
     with pytest.raises(UserError, match=f"--port {port}"):
-        app.serve(page.build(studio, "second"), "127.0.0.1", port)
+        app.serve(page.build(studio, "second"), port=port)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

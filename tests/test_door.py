@@ -36,10 +36,13 @@ ROUTES = [
 ]
 
 
+room = []
+
+
 def ask(method, path, **more):
     async def call():
-        app = Starlette(routes=ROUTES, middleware=[Middleware(Door, most_bytes=1000)])
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        door = Middleware(Door, most_bytes=2000, most_words=1000, make_room=room.append)
+        transport = httpx.ASGITransport(Starlette(routes=ROUTES, middleware=[door]), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.request(method, path, **more)
 
@@ -58,6 +61,12 @@ def test_a_body_beyond_the_limit_stays_out(content, status):
     answer = ask("POST", "/size", content=content)
     assert answer.status_code == status
     assert answer.text == ("1000" if status == 200 else "This is larger than the server takes.")
+
+
+def test_files_may_be_larger_and_room_is_made_for_them():
+    room.clear()
+    assert ask("POST", "/size", files={"files": ("a.png", b"x" * 1500)}).status_code == 200 and room == [2000]
+    assert ask("POST", "/size", files={"files": ("a.png", b"x" * 2000)}).status_code == 413 and room == [2000]
 
 
 def test_a_full_queue_says_when_to_come_back():

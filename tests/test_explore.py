@@ -35,8 +35,9 @@ def server(two_numbers, tmp_path_factory):
         for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
             environment.setenv(name, "")
         blocks = app.build(two_numbers, str(tmp_path_factory.mktemp("temporary")))
-        yield SimpleNamespace(url=app.serve(blocks, "127.0.0.1", None), blocks=blocks)
-        blocks.close(verbose=False)
+        served = app.serve(blocks)
+        yield SimpleNamespace(url=served.url, blocks=blocks)
+        served.close()
 
 
 @pytest.fixture(scope="module")
