@@ -146,7 +146,7 @@ class Drill:
         saving = ", in the middle of the next save" if self.while_saving else ""
         happened = f"killed after step {self.killed_at}{saving}; resumed at step {step[1]}"
         if passed_over:
-            happened = f"one bit of that of step {self.killed_at} flipped: noticed; resumed at step {step[1]}"
+            happened = f"a bit of the one of step {self.killed_at} flipped; passed over, resumed at step {step[1]}"
         calm, disturbed = self.place / "run" / "stage1_vae", Path(_value(self.results[name]["words"], "--out"))
         return _verdict(what, happened, differing(calm, disturbed), on_cpu)
 
@@ -162,7 +162,7 @@ class Drill:
         drawn = sorted((self.place / "drawn").rglob("*.png"))
         if len(drawn) < 2 or any(_is_flat(file) for file in drawn[:2]):
             return Finding(what, "FAIL", "the model draws nothing but one colour", _AGAIN)
-        found = f"two pictures drawn by diffusers alone differ from ours by {float(figure[1]):.1g} of 1 at most"
+        found = f"two pictures drawn by diffusers alone differ from ours by {float(figure[1]):.1g} (of 1) at most"
         return Finding(what, "pass", f"{found}; Calotype's own loader draws too")
 
     def _connections(self) -> Finding:
