@@ -7,13 +7,13 @@ different features have nothing to do with each other.
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from pickle import UnpicklingError  # what weights_only raises; nothing of it is opened here
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calotype import unpickle
 from calotype.autoencoder import downsampling, pad
 from calotype.errors import UserError
 from calotype.gradients import GradientFeatures
@@ -196,12 +196,11 @@ def _load(net: torch.nn.Module, allow_download: bool) -> None:
             "(104 MiB), or --features gradients."
         )
     try:
-        weights = torch.hub.load_state_dict_from_url(url, str(file.parent), check_hash=True, weights_only=True)
-        net.load_state_dict(weights, assign=True)
+        net.load_state_dict(unpickle.published(url, file), assign=True)
     except OSError as error:
         raise UserError(
             f"--features inception: {url} cannot be fetched ({error}); put the file into {file.parent}, or give "
             "--features gradients."
         ) from None
-    except (RuntimeError, EOFError, UnpicklingError):
+    except (RuntimeError, ValueError):
         raise UserError(f"--features inception: {file} is damaged; delete it and give --allow-download.") from None

@@ -1,15 +1,10 @@
 """`calotype convert`: the autoencoder of a latent-diffusion checkpoint as a stock diffusers folder.
 
-The only place that opens a pickle: `torch.load` with `weights_only=True`, in a process of its own that runs three
-functions of this file, starts nothing, connects to nothing and writes nothing but one file of tensors, which all the
-rest reads. `ldm_layout` says which tensors there must be; diffusers' own loader translates their names.
+A pickle is opened by `calotype.unpickle` alone, in a process that can do nothing else. `ldm_layout` says which tensors
+there must be; diffusers' own loader translates their names.
 """
 
-import inspect
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,14 +14,12 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from calotype import unpickle
 from calotype.checkpoint import load_module, publish
-from calotype.errors import UserError, is_disk_full
+from calotype.errors import UserError
 from calotype.stage1_vae.config import ConvertSettings
 from calotype.stage1_vae.ldm_layout import GROUPS, WAY_OUT, Layout, Unfit, understand
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_REFUSED = 3  # the exit code of the child when a file holds more than weights
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP")  # for the child; no secret among them
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -53,9 +46,11 @@ def _refuse_early(settings: ConvertSettings) -> None:
     if file.is_dir():
         raise UserError(f"FILE {file} is a folder; if diffusers saved it, give it to --init or --vae as it is.")
     if not file.is_file():
-        raise UserError(f"FILE {file} is not there; give a checkpoint ({' '.join(_PICKLES)} .safetensors).")
-    if file.suffix.lower() not in (*_PICKLES, ".safetensors"):
-        raise UserError(f"FILE {file} must end in {', '.join(_PICKLES)} or .safetensors; rename it if it is one.")
+        raise UserError(f"FILE {file} is not there; give a checkpoint ({' '.join(unpickle.SUFFIXES)} .safetensors).")
+    if file.suffix.lower() not in (*unpickle.SUFFIXES, ".safetensors"):
+        raise UserError(
+            f"FILE {file} must end in {', '.join(unpickle.SUFFIXES)} or .safetensors; rename it if it is one."
+        )
 
 
 def _refuse_size(size: int, layout: Layout) -> None:
@@ -73,101 +68,17 @@ def _as_safetensors(file: Path, folder: Path) -> Path:
     if file.suffix.lower() == ".safetensors":
         return file
     target = folder / "weights.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-I", "-B", "-c", _program(), str(file.resolve()), str(target)],
-        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"FILE {file} {_complaint(done.returncode, done.stderr)}")
+    complaint = unpickle.as_safetensors(file, target)
+    if complaint:
+        raise UserError(f"FILE {file} {complaint}")
     return target
-
-
-def _program() -> str:
-    """What the child runs: nothing of ours is imported there."""
-    parts = [inspect.getsource(function) for function in (_wanted, _lock, _unpickle)]
-    return "\n".join([*parts, "import sys", "_unpickle(*sys.argv[1:])"])
-
-
-def _complaint(code: int, stderr: str) -> str:
-    """The child's end in words."""
-    reason = "".join(letter for letter in (stderr.strip().splitlines() or ["no word"])[-1] if letter.isprintable())
-    if code == _REFUSED:
-        return f"holds more than weights ({reason}); where you trust it, save its state_dict alone and convert that."
-    if is_disk_full(OSError(reason)):
-        return "does not fit beside --out while it is read; free some space and give the same command again."
-    if code < 0:
-        return f"could not be read: the process was stopped by signal {-code}; it needs as much memory as the file has."
-    return f"cannot be read as a checkpoint ({reason}); fetch or copy it again."
-
-
-def _wanted(names: list[str]) -> dict[str, str]:
-    """Name in the file -> name in its autoencoder, without what a whole model and its training keep beside it."""
-    prefixes = [start for start in ("first_stage_model.", "vae.") if any(name.startswith(start) for name in names)]
-    prefix = prefixes[0] if prefixes else ""
-    inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    beside = ("model.", "model_ema.", "cond_stage_model.", "conditioner.", "loss.")
-    return {name: short for name, short in inner.items() if not short.startswith(beside)}
-
-
-def _lock() -> None:
-    """From here on the process starts, connects to and writes nothing, and unpickles in no ordinary way."""
-    import os
-    import sys
-
-    starts = ("os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "subprocess.", "socket.", "ctypes.")
-
-    def guard(event: str, args: tuple) -> None:
-        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or event == "pickle.find_class" or event.startswith(starts):
-            raise PermissionError(f"it tried {event}")
-
-    sys.addaudithook(guard)
-
-
-def _unpickle(source: str, target: str) -> None:
-    """The child's work: tensors of a pickle to a safetensors file; it must stand alone, hence the imports."""
-    import contextlib
-    import re
-    import sys
-    import zipfile
-
-    import torch
-    from safetensors.torch import save_file
-
-    _lock()
-    zipped = zipfile.is_zipfile(source)
-    try:
-        with contextlib.suppress(Exception):  # Lightning notes the class of a callback; a class of no use stands for it
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if zipped else []
-            notes = [name for name in names if name.startswith(("pytorch_lightning.", "lightning."))]
-            torch.serialization.add_safe_globals([(type("Note", (), {}), name) for name in notes])
-        found = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
-        while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-            found = found["state_dict"]
-        if not isinstance(found, dict):
-            raise TypeError(f"it is a {type(found).__name__}, not a table of tensors")
-        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        wanted = _wanted(list(tensors)).items()
-        save_file({new: tensors[old].detach().clone().contiguous() for old, new in wanted}, target)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        more = re.search(r"GLOBAL (\S+) (?:was not|whose)|TorchScript|Can only (?:create|build)|Trying to call", text)
-        sentence = re.split(r"(?<=\.) ", text.rpartition("Unpickler error: ")[2].partition(" Check the")[0])[0]
-        print(more[1] or more[0] if more else f"{type(error).__name__}: {sentence[:120]}", file=sys.stderr)
-        sys.exit(3 if more else 1)
 
 
 def _read(file: Path, readable: Path) -> tuple[Layout, dict[str, Tensor]]:
     """Layout and float32 tensors of the autoencoder in a safetensors file; raises UserError naming `file`."""
     try:
         with safe_open(readable, "pt") as tensors:
-            names = {short: name for name, short in _wanted(list(tensors.keys())).items()}
+            names = {short: name for name, short in unpickle.wanted(list(tensors.keys())).items()}
             layout = understand({short: tuple(tensors.get_slice(name).get_shape()) for short, name in names.items()})
             return layout, {short: _float(tensors.get_tensor(name), short) for short, name in names.items()}
     except (SafetensorError, OSError) as error:

@@ -5,11 +5,11 @@ sets of features, one value for each example.
 """
 
 from pathlib import Path
-from pickle import UnpicklingError  # what weights_only raises; nothing of it is opened here
 
 import torch
 from torch import Tensor, nn
 
+from calotype import unpickle
 from calotype.errors import UserError
 from calotype.gradients import GradientFeatures
 
@@ -87,13 +87,13 @@ def load_lpips(file: Path) -> Lpips:
 
     url = VGG16_Weights.IMAGENET1K_V1.url
     try:
-        return Lpips(torch.hub.load_state_dict_from_url(url, str(file.parent), check_hash=True, weights_only=True))
+        return Lpips(unpickle.published(url, file))
     except OSError as error:
         raise UserError(
             f"--perceptual lpips needs the VGG16 weights {url}, which cannot be fetched ({error}); put the file into "
             f"{file.parent}, or give --perceptual features."
         ) from None
-    except (RuntimeError, EOFError, KeyError, UnpicklingError):
+    except (RuntimeError, KeyError, ValueError):
         raise UserError(
             f"--perceptual lpips needs the VGG16 weights {file}, which are damaged; delete the file and give "
             "--allow-download, or --perceptual features."

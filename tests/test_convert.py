@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from calotype import cli
+from calotype import cli, unpickle
 from calotype.autoencoder import load_autoencoder
 from calotype.errors import UserError
-from calotype.stage1_vae import convert, ldm_layout
+from calotype.stage1_vae import ldm_layout
 
 # name in diffusers -> name in latent-diffusion, written down from the two implementations
 RENAMES = [
@@ -200,11 +200,11 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path, capsys, new_form
 def test_even_the_ordinary_unpickler_could_run_nothing(tmp_path, capsys, monkeypatch):
     """The second lock: the same child without weights_only, which would run anything."""
     torch.save({"state_dict": {}, "callbacks": Evil(tmp_path / "made")}, tmp_path / "kl.ckpt")
-    open_lock = convert._program().replace("weights_only=True", "weights_only=False")
-    assert open_lock != convert._program()
-    monkeypatch.setattr(convert, "_program", lambda: open_lock)
+    open_lock = unpickle._program().replace("weights_only=True", "weights_only=False")
+    assert open_lock != unpickle._program()
+    monkeypatch.setattr(unpickle, "_program", lambda: open_lock)
     assert "it tried pickle.find_class" in refused(capsys, tmp_path / "kl.ckpt")
-    monkeypatch.setattr(convert, "_program", lambda: open_lock.replace("pickle.find_class", "nothing of the kind"))
+    monkeypatch.setattr(unpickle, "_program", lambda: open_lock.replace("pickle.find_class", "nothing of the kind"))
     assert "it tried os.system" in refused(capsys, tmp_path / "kl.ckpt")
 
 
