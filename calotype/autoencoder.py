@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calotype.checkpoint import write_text
 from calotype.errors import UserError
+from calotype.weights import load_network, read_json
 
 Vae = AutoencoderKL | VQModel
 _FACTS = "calotype.json"
@@ -51,16 +52,13 @@ def load_autoencoder(folder: Path, flag: str) -> Vae:
     """A saved autoencoder, never fetched from elsewhere; raises UserError naming the flag."""
     if folder.is_file():
         raise UserError(f"{flag} {folder} is a file; turn it into a folder first: calotype convert {folder} --out DIR.")
-    try:
-        kind = AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
-        classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-        if kind not in classes:
-            raise UserError(f"{flag} {folder} holds a {kind}; give an AutoencoderKL or VQModel.")
-        return classes[kind].from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{flag} {folder} is not a saved autoencoder ({str(error).splitlines()[0]}).") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{flag} {folder} is not a saved autoencoder (it holds no config.json); give another folder.")
+    kind = read_json(folder / "config.json", flag).get("_class_name")
+    classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    if kind not in classes:
+        raise UserError(f"{flag} {folder} holds a {str(kind)[:60]}; give an AutoencoderKL or VQModel.")
+    return load_network(classes[kind], folder, flag)
 
 
 def downsampling(vae: Vae) -> int:

@@ -1,6 +1,5 @@
 """Feature networks from files: DINOv2, an ONNX file, or a folder of transformers or diffusers weights."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,15 @@ from calotype.autoencoder import load_autoencoder
 from calotype.checkpoint import sha256, weights_hash
 from calotype.errors import UserError
 from calotype.features import FeatureNetwork, as_channels, encoder
+from calotype.weights import (
+    first_line,
+    load_network,
+    quiet,
+    read_json,
+    refuse_code_and_bombs,
+    refuse_keys,
+    refuse_non_finite,
+)
 
 DINOV2 = "facebook/dinov2-small"
 _AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -51,15 +59,17 @@ def dinov2(allow_download: bool, device: torch.device) -> FeatureNetwork:
 
 def folder(path: Path, device: torch.device) -> FeatureNetwork:
     """A folder with config.json and safetensors: an autoencoder of diffusers, or a model of transformers."""
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json", "--features")
     kind = config.get("_class_name", "")
     if kind in _AUTOENCODERS:
         network = encoder(_autoencoder(path, kind).to(device))
         about = f"pooled innermost maps of the encoder of {path.name}, a {kind}"
         return network._replace(name=path.name, about=about, identity=weights_hash(path))
+    refuse_code_and_bombs(config, f"--features {path}")
     net, whole = _transformer(path)
     preparation = path / "preprocessor_config.json"
-    features = _transformer_features(net, _json(preparation) if preparation.is_file() else {}, device, whole)
+    prepared = read_json(preparation, "--features") if preparation.is_file() else {}
+    features = _transformer_features(net, prepared, device, whole)
     about = f"{'pooled output' if whole else 'mean token'} of {path.name}, a {type(net).__name__}"
     return FeatureNetwork(path.name, features, about, weights_hash(path))
 
@@ -68,15 +78,21 @@ def _transformer(path: Path):
     """A model of transformers, and whether its pooling layer, which many files lack, came with it."""
     transformers = _transformers(path)
     try:
-        with torch.random.fork_rng(devices=[]):  # what is missing is filled with random numbers
+        with quiet(), torch.random.fork_rng(devices=[]):  # what is missing is filled with random numbers
             net, found = transformers.AutoModel.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,  # without this word it would ask on the terminal
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--features {path} cannot be loaded ({_first_line(error)}); give another.") from None
+    except Exception as error:  # settings that contradict each other make a constructor raise almost anything
+        raise UserError(f"--features {path} cannot be loaded ({first_line(error)}); give another.") from None
     missing = sorted(found["missing_keys"])
-    if any(not name.startswith("pooler.") for name in missing):
-        raise UserError(f"--features {path} lacks weights, such as {missing[0]}; give a whole model.")
+    refuse_keys([name for name in missing if not name.startswith("pooler.")], "missing", f"--features {path}")
+    refuse_keys(found["mismatched_keys"], "mismatched", f"--features {path}")
+    refuse_non_finite(net, f"--features {path}")
     return net, not missing
 
 
@@ -84,7 +100,7 @@ def _autoencoder(path: Path, kind: str):
     from diffusers import AutoencoderTiny
 
     if kind == "AutoencoderTiny":
-        return AutoencoderTiny.from_pretrained(path, use_safetensors=True, local_files_only=True).eval()
+        return load_network(AutoencoderTiny, path, "--features")
     return load_autoencoder(path, "--features")
 
 
@@ -141,7 +157,7 @@ def _session(path: Path):
     try:
         return onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
     except Exception as error:  # its errors have no common class of their own
-        raise UserError(f"--features {path} is no network that onnxruntime loads ({_first_line(error)}).") from None
+        raise UserError(f"--features {path} is no network that onnxruntime loads ({first_line(error)}).") from None
 
 
 def _shape(shape: list, path: Path) -> list[int | None]:
@@ -171,14 +187,3 @@ def _transformers(name):
     except ImportError:
         raise UserError(f"--features {name} needs the package transformers; pip install 'calotype[text]'.") from None
     return transformers
-
-
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"--features: {file} is not JSON ({error}); give another folder.") from None
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,6 +1,5 @@
 """The UNet of stage 2: a stock `UNet2DModel` of the latents' shape, or `UNet2DConditionModel` led by captions."""
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.stage2_diffusion.config import DiffusionSettings
+from calotype.weights import load_network, read_json
 
 UNet = UNet2DModel | UNet2DConditionModel
 
@@ -126,12 +126,10 @@ def _load(run: Path, inputs: Inputs) -> UNet:
 
 def load_unet(folder: Path, name: str) -> UNet:
     """The UNet saved in a folder, of whichever class; raises UserError that begins with `name`."""
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-        cls = {"UNet2DConditionModel": UNet2DConditionModel}.get(kind, UNet2DModel)
-        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} holds no UNet ({str(error).splitlines()[0]}).") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} holds no UNet (no config.json in {folder}); give another folder.")
+    kind = read_json(folder / "config.json", name).get("_class_name")
+    return load_network(UNet2DConditionModel if kind == "UNet2DConditionModel" else UNet2DModel, folder, name)
 
 
 def _described(inputs: Inputs) -> str:

@@ -9,6 +9,7 @@ from calotype.checkpoint import publish, write_text
 from calotype.errors import UserError
 from calotype.stage2_diffusion.config import PosthocEmaSettings
 from calotype.stage2_diffusion.models import load_unet
+from calotype.weights import load_network
 
 
 def main(settings: PosthocEmaSettings) -> None:
@@ -21,7 +22,7 @@ def main(settings: PosthocEmaSettings) -> None:
     if (source / "text_encoder").is_dir() and not json.loads((source / "config.json").read_text())["text_encoder"]:
         from transformers import CLIPTextModel
 
-        modules["text_encoder"] = CLIPTextModel.from_pretrained(source / "text_encoder", local_files_only=True)
+        modules["text_encoder"] = load_network(CLIPTextModel, source / "text_encoder", f"RUN {settings.run}")
     averaged = posthoc.average(source / "ema", settings.width, list(modules), settings.until)
     out.mkdir(parents=True, exist_ok=True)
     for name, module in modules.items():

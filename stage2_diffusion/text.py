@@ -9,6 +9,7 @@ import torch
 
 from calotype.errors import UserError
 from calotype.randomness import key
+from calotype.weights import first_line, load_network
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _MOST_WORDS = 8192  # of the vocabulary
@@ -91,12 +92,13 @@ def load(folder: Path, flag: str):
     if (folder / "stage2_diffusion").is_dir():
         folder = folder / "stage2_diffusion"
     parts = [folder / name if (folder / name).is_dir() else folder for name in ("tokenizer", "text_encoder")]
+    if not (parts[1] / "config.json").is_file():
+        raise UserError(f"{flag} {folder} holds no CLIP tokenizer and text model (no config.json in {parts[1]}).")
+    encoder = load_network(CLIPTextModel, parts[1], f"{flag} {folder}")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(parts[1], local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{flag} {folder} holds no CLIP tokenizer and text model ({reason}).") from None
+        tokenizer = CLIPTokenizer.from_pretrained(parts[0], local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its files are read by code of many kinds
+        raise UserError(f"{flag} {folder} holds no CLIP tokenizer ({first_line(error)}).") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return tokenizer, encoder
 
