@@ -7,7 +7,7 @@ import sys
 import threading
 
 from calotype import __version__
-from calotype.errors import UserError, is_disk_full
+from calotype.errors import UserError, is_disk_full, one_line
 from calotype.lock import refuse_held
 
 # command: (settings, function, one line of help); names only, so that --help imports no torch
@@ -77,6 +77,11 @@ COMMANDS = {
         "calotype.pipeline.interpolate:main",
         "the way from one picture or seed to another",
     ),
+    "regenerate": (
+        "calotype.pipeline.config:RegenerateSettings",
+        "calotype.pipeline.regenerate:main",
+        "a picture drawn again from what its PNG carries",
+    ),
     "push": ("calotype.pipeline.config:PushSettings", "calotype.pipeline.push:main", "send a model folder to the Hub"),
     "doctor": (
         "calotype.settings:DoctorSettings",
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return run(argv[0], argv[1:])
     except UserError as error:
-        print(f"calotype: {error}", file=sys.stderr)
+        print(f"calotype: {one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `calotype --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         message = _of_the_system(error)
         if message is None:
             raise
-        print(f"calotype: {message}", file=sys.stderr)
+        print(f"calotype: {one_line(message)}", file=sys.stderr)
         return 2
 
 

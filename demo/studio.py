@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype import __version__
-from calotype.checkpoint import weights_hash
 from calotype.demo.uploads import open_picture
 from calotype.errors import UserError
 from calotype.images import fit_image
+from calotype.pipeline import facts
+from calotype.pipeline.generate import translated
+from calotype.pipeline.order import Limits, Order
 from calotype.pipeline.samplers import SAMPLERS
 from calotype.randomness import key
 
@@ -30,6 +31,22 @@ MOST_SEED = 2**32 - 1
 MOST_PROMPT = 400  # characters
 MOST_CELLS = 36  # pictures of a grid
 MOST_EVALUATIONS = 2000  # steps that a grid may take in all
+LIMITS = Limits(images=MOST_IMAGES, steps=MOST_STEPS, guidance=MOST_GUIDANCE, seed=MOST_SEED, prompt=MOST_PROMPT)
+# How an argument of the pipeline is called on the page.
+_NAMES = {
+    "num_images": "number of images",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "guidance_interval": "guidance from and to",
+    "guidance_rescale": "guidance rescale",
+    "label": "label",
+    "seed": "seed",
+    "sampler": "sampler",
+    "fast": "Fast",
+    "strength": "strength",
+    "image": "picture",
+    "mask": "mask",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,14 @@ class Request:
     guidance_rescale: float = 0.0
     sampler: str | None = None
     fast: bool = False
+
+    def check(self) -> None:
+        """Raise UserError where a number is beyond what this server draws."""
+        order = asdict(self)
+        try:
+            Order(**{name: order[name] for name in order if name in Order._fields}).check(None, self.num_images, LIMITS)
+        except ValueError as error:
+            raise UserError(translated(str(error), _NAMES)) from None
 
     def alone(self, i: int) -> "Request":
         """The order for picture i by itself."""
@@ -74,26 +99,26 @@ class Studio:
     def request(
         self, label, num_images, seed, steps, guidance, sampler=None, low=0, high=1, rescale=0, fast=False
     ) -> Request:
-        """What a visitor typed as a Request: numbers out of range are moved to the limit, the rest is refused."""
+        """What a visitor typed as a Request; raises UserError for what is beyond the limits."""
         self._refuse_label(label)
         if sampler and sampler not in SAMPLERS:
             raise UserError(f"sampler {str(sampler)[:40]!r} is not known; choose one from the list")
         if fast and not self.has_student:
             raise UserError("this model has no fast student; turn Fast off")
-        count = int(clamp("number of images", num_images, 1, MOST_IMAGES))
-        seed = secrets.randbelow(MOST_SEED + 1) if seed is None else int(clamp("seed", seed, 0, MOST_SEED))
-        interval = sorted(clamp(f"guidance {end}", value, 0, 1) for end, value in (("from", low), ("to", high)))
-        return Request(
-            label=label or self.any_labels(count, seed),
-            num_images=count,
-            seed=seed,
-            num_inference_steps=int(clamp("steps", steps, 1, MOST_STEPS)),
-            guidance_scale=None if fast else clamp("guidance", guidance, 0, MOST_GUIDANCE),
+        interval = sorted([number("guidance from", low), number("guidance to", high)])
+        request = Request(
+            label=label or None,
+            num_images=whole("number of images", num_images),
+            seed=secrets.randbelow(MOST_SEED - MOST_IMAGES) if seed is None else whole("seed", seed),
+            num_inference_steps=whole("steps", steps),
+            guidance_scale=None if fast else number("guidance", guidance),
             guidance_interval=tuple(interval),
-            guidance_rescale=clamp("guidance rescale", rescale, 0, 1),
+            guidance_rescale=number("guidance rescale", rescale),
             sampler=None if fast else sampler or None,
             fast=bool(fast),
         )
+        request.check()
+        return request if label else replace(request, label=self.any_labels(request.num_images, request.seed))
 
     def any_request(self) -> Request:
         """An order for one picture as the model likes it."""
@@ -123,25 +148,24 @@ class Studio:
         """Whether guidance makes a difference."""
         return self.pipe.condition == "text" or bool(self.pipe.labels) or self.pipe.guide is not None
 
-    @cached_property
+    @property
     def model(self) -> str:
         """The first digits of the weights' hash, as `calotype generate` writes it; empty where nothing was saved."""
-        return "" if self.folder is None else weights_hash(self.folder / "unet")[:16]
+        return self.about["unet"]["model"]
+
+    @cached_property
+    def about(self) -> dict[str, dict[str, str]]:
+        """What pictures by the network, and by the student, tell of the model."""
+        names = ["unet", *(["student"] if self.has_student else [])]
+        return {name: facts.about(self.folder, name) for name in names}
 
     def facts(self, request: Request) -> dict:
         """What a finished picture tells of how it was made; `request` is for that picture alone."""
-        facts = {
-            "label": request.label or "",
-            "seed": request.seed,
-            "steps": request.num_inference_steps,
-            "guidance": "built in" if request.fast else request.guidance_scale,
-            "guidance-interval": "{:g} {:g}".format(*request.guidance_interval),
-            "guidance-rescale": request.guidance_rescale,
-            "sampler": request.sampler or self.pipe.config.sampler or type(self.pipe.scheduler).__name__,
-        }
-        if request.fast:
-            facts |= {"fast": "yes", "sampler": type(self.pipe.student_scheduler).__name__}
-        return facts | {"model": self.model, "software": f"calotype {__version__}"}
+        order = asdict(request)
+        order = Order(**{name: value for name, value in order.items() if name in Order._fields})
+        about = self.about["student" if request.fast else "unet"]
+        told = {"label": request.label or "", "seed": request.seed}
+        return told | facts.drawn(self.pipe, order, "fp32") | about
 
     # What is done
 
@@ -152,7 +176,7 @@ class Studio:
             try:
                 yield self.pipe
             except ValueError as error:  # the pipeline imports nothing of ours, so this is how it speaks to people
-                raise UserError(str(error)) from None
+                raise UserError(translated(str(error), _NAMES)) from None
 
     def develop(self, request: Request, **more) -> Iterator[Progress]:
         """The drawing step by step, with `more` for `stream`; closing the iterator ends it."""
@@ -219,8 +243,19 @@ def _joined(batch: list[Request]) -> Request:
     return replace(batch[0], label=None if labels.count(None) == len(labels) else labels, num_images=len(batch))
 
 
+def number(name: str, value) -> float:
+    """A number as it came; raises UserError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} {str(value)[:40]!r} is not a number; give one")
+    return value
+
+
+def whole(name: str, value) -> float:
+    """A number, as an int where the browser sent 3.0; raises UserError for what is none."""
+    value = number(name, value)
+    return int(value) if float(value).is_integer() else value
+
+
 def clamp(name: str, value, low: float, high: float) -> float:
     """The number nearest to `value` from low to high; raises UserError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} {str(value)[:40]!r} is not a number; give one from {low:g} to {high:g}")
-    return min(max(value, low), high)
+    return min(max(number(name, value), low), high)

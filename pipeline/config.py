@@ -29,15 +29,30 @@ class DrawingSettings(Settings):
     )
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the deviation that guidance adds taken back")
     fast: bool = Field(False, description="with the student and the tiny decoder of `calotype distill`")
-    batch_size: int = Field(64, ge=1, description="pictures drawn at once")
+    batch_size: int = Field(64, ge=1, le=4096, description="pictures drawn at once")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+
+    @model_validator(mode="after")
+    def _interval_has_an_inside(self) -> Self:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"--guidance-interval {low:g} {high:g} must be two times in order, from 0 to 1; try 0.2 0.8."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _last_seed_is_a_seed(self) -> Self:
+        if self.seed + (getattr(self, "n", None) or 1) >= 2**63:
+            raise ValueError(f"--seed {self.seed} leaves no room for the seeds of all pictures; try a smaller one.")
+        return self
 
 
 class GenerateSettings(DrawingSettings):
     """Draw pictures; each PNG carries its settings."""
 
     label: Label = Field(None, description="class name, without one all take turns; for a model of text the prompt")
-    n: Count = Field(None, ge=1, description="number of pictures (default: 16, or one for each --image)")
+    n: Count = Field(None, ge=1, le=1_000_000, description="number of pictures (default: 16, or one for each --image)")
     size: Maybe[ImageSize] = Field(
         None, description="side in pixels, or HEIGHTxWIDTH, from the model's own on (default: the model's)"
     )
@@ -45,6 +60,21 @@ class GenerateSettings(DrawingSettings):
         None, description="what a model of given pictures begins with: one, or a folder of them (others: calotype edit)"
     )
     mask: Maybe[Path] = Field(None, description="what to repaint of it, white on black")
+    reproducible: bool = Field(
+        False,
+        description="the same bit by bit whatever --batch-size and threads: one at a time on one thread, so slower "
+        "by what these would have gained (2 to 4 times on a CPU, far more on an accelerator)",
+    )
+
+
+class RegenerateSettings(Settings):
+    """Draw a picture again from what its PNG carries, and say whether it came out the same."""
+
+    file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]] = Field(
+        description="PNG drawn by `calotype generate` or the demo"
+    )
+    model: Maybe[Path] = Field(None, description="model or run folder (default: one that FILE or this folder is in)")
+    out: Maybe[Path] = Field(None, description="PNG of the new picture (default: FILE-again.png)")
 
 
 class EditSettings(DrawingSettings):

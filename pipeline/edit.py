@@ -8,8 +8,10 @@ from rich.progress import track
 
 from calotype.errors import UserError
 from calotype.pipeline import latent_space
-from calotype.pipeline.generate import Job, about, draw, facts_of, files_of, for_users, load, picture, write_png
+from calotype.pipeline.facts import about
+from calotype.pipeline.generate import Job, draw, facts_of, files_of, find, for_users, given_facts, load, picture
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.png import write_png
 
 
 def main(settings) -> None:
@@ -29,7 +31,8 @@ def _redrawn(pipe: LatentDiffusionPipeline, settings, files: list[Path]) -> Iter
     more = {} if settings.mask is None else {"mask": picture(settings.mask, "--mask", 1, pipe.image_size)}
     if settings.strength is not None:
         more["strength"] = settings.strength
-    facts = facts_of(pipe, settings) | ({"strength": settings.strength} if settings.strength is not None else {})
+    facts = facts_of(pipe, settings) | given_facts(settings)
+    facts |= {"strength": settings.strength} if settings.strength is not None else {}
     jobs = _jobs(pipe, settings, files)
     for start in track(range(0, len(jobs), settings.batch_size), "Drawing", transient=True):
         batch = jobs[start : start + settings.batch_size]
@@ -50,7 +53,7 @@ def _jobs(pipe: LatentDiffusionPipeline, settings, files: list[Path]) -> list[Jo
 
 def _moved(pipe: LatentDiffusionPipeline, settings, files: list[Path]) -> Iterator[tuple[Path, Image.Image, dict]]:
     """Files to write, pictures whose codes have moved, and their facts."""
-    facts = {"amount": settings.amount} | about(settings.model)
+    facts = {"amount": settings.amount} | about(find(settings.model))
     with for_users(settings.precision):
         plus, minus = (
             latent_space.mean_code(pipe, _batches(pipe, folder, flag, settings.batch_size))

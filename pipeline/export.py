@@ -5,22 +5,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 
 from calotype import __version__, device
 from calotype.autoencoder import load_autoencoder
 from calotype.checkpoint import publish, weights_hash
 from calotype.errors import UserError
-from calotype.pipeline import latent_map, latent_rgb, static_explorer
+from calotype.pipeline import hashes, latent_map, latent_rgb, static_explorer
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.model_folder import load_part, load_scheduler
 from calotype.pipeline.onnx_export import export_onnx, refuse_missing_extra
 from calotype.pipeline.sample_sheet import sample_sheet
 from calotype.pipeline.stock import stock
 from calotype.pipeline.verify import verify
+from calotype.weights import load_network, read_json
 
 _FACTS = ("id2label", "default_steps", "default_guidance", "condition", "sampler")
-_LOCAL = {"use_safetensors": True, "local_files_only": True}
 
 
 def main(settings) -> None:
@@ -46,6 +46,7 @@ def main(settings) -> None:
     if settings.verify:
         difference = verify(pipe, temporary, settings.stock)
         print(f"Verified: two pictures drawn by diffusers alone differ from ours by at most {difference:.1g} of 1.")
+    hashes.write(temporary)
     publish(temporary, out)
     print(f"Model: {out}")
 
@@ -66,8 +67,8 @@ def assemble(run: Path, guide: Path | None = None) -> LatentDiffusionPipeline:
     facts = _read(stage2 / "model.json")
     if facts["vae"] != weights_hash(vae_folder):
         raise UserError(f"--run {run}: the diffusion model was trained for another autoencoder than {vae_folder}.")
-    unet = _unet(stage2 / "unet")
-    parts = {"vae": load_autoencoder(vae_folder, "--run"), "unet": unet, "scheduler": _scheduler(stage2 / "scheduler")}
+    unet, scheduler = _unet(stage2 / "unet", "--run"), load_scheduler(stage2 / "scheduler", "--run")
+    parts = {"vae": load_autoencoder(vae_folder, "--run"), "unet": unet, "scheduler": scheduler}
     parts |= _text_parts(stage2) | _distilled(run / "distilled", unet)
     if guide is not None:
         parts["guide"] = _guide(guide, unet)
@@ -83,25 +84,20 @@ def _text_parts(stage2: Path) -> dict[str, Any]:
     """The text encoder and its tokenizer, where the run has them."""
     if not (stage2 / "text_encoder" / "config.json").is_file():
         return {}
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError:
-        raise UserError(f"--run {stage2.parent} draws from text; pip install 'calotype[text]' first.") from None
-    text_encoder = CLIPTextModel.from_pretrained(stage2 / "text_encoder", **_LOCAL)
-    text_encoder.config._name_or_path = ""
-    tokenizer = CLIPTokenizer.from_pretrained(stage2 / "tokenizer", local_files_only=True)
-    return {"text_encoder": text_encoder, "tokenizer": tokenizer}
+    parts = {name: load_part(stage2, name, [], f"--run {stage2.parent}") for name in ("text_encoder", "tokenizer")}
+    parts["text_encoder"].config._name_or_path = ""
+    return parts
 
 
 def _distilled(folder: Path, unet: UNet2DModel | UNet2DConditionModel) -> dict[str, Any]:
     """The student with its scheduler, and the tiny decoder, as far as `calotype distill` has made them."""
     parts: dict[str, Any] = {}
     if (folder / "student" / "config.json").is_file():
-        parts["student"] = _unet(folder / "student")
+        parts["student"] = _unet(folder / "student", "--run")
         _refuse_other_inputs(f"{folder / 'student'}", parts["student"], unet)
-        parts["student_scheduler"] = _scheduler(folder / "student_scheduler")
+        parts["student_scheduler"] = load_scheduler(folder / "student_scheduler", "--run")
     if (folder / "tiny_decoder" / "config.json").is_file():
-        parts["tiny_decoder"] = AutoencoderTiny.from_pretrained(folder / "tiny_decoder", **_LOCAL)
+        parts["tiny_decoder"] = load_network(AutoencoderTiny, folder / "tiny_decoder", "--run")
     return parts
 
 
@@ -111,7 +107,7 @@ def _guide(path: Path, unet: UNet2DModel | UNet2DConditionModel) -> UNet2DModel 
     folder = next((folder for folder in folders if (folder / "diffusion_pytorch_model.safetensors").is_file()), None)
     if folder is None:
         raise UserError(f"--guide {path} holds no UNet; give the folder of one, or a run.")
-    guide = _unet(folder)
+    guide = _unet(folder, "--guide")
     _refuse_other_inputs(f"--guide {path}", guide, unet)
     return guide
 
@@ -123,17 +119,12 @@ def _refuse_other_inputs(name: str, other: UNet2DModel | UNet2DConditionModel, u
             raise UserError(f"{name}: its {key} is {theirs}, the model's {ours}; give a network with the same inputs.")
 
 
-def _unet(folder: Path) -> UNet2DModel | UNet2DConditionModel:
-    kind = UNet2DModel.load_config(folder, local_files_only=True)["_class_name"]
-    return {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}[kind].from_pretrained(
-        folder, **_LOCAL
-    )
-
-
-def _scheduler(folder: Path) -> diffusers.SchedulerMixin:
-    """A scheduler of whatever stock class its config names."""
-    kind = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
-    return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
+def _unet(folder: Path, flag: str) -> UNet2DModel | UNet2DConditionModel:
+    kind = read_json(folder / "config.json", flag).get("_class_name")
+    classes = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+    if kind not in classes:
+        raise UserError(f"{flag}: {folder} holds a {str(kind)[:60]}, no UNet of diffusers; give another folder.")
+    return load_network(classes[kind], folder, flag)
 
 
 def model_card(pipe: LatentDiffusionPipeline, run: Path, stock: bool = False) -> str:

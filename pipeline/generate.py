@@ -1,24 +1,37 @@
 """`calotype generate`: draw pictures with a model folder and write PNGs that carry their settings."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers.utils import logging
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
-from calotype import __version__, device
-from calotype.checkpoint import weights_hash
+from calotype import device
 from calotype.config import height_width
 from calotype.errors import UserError
 from calotype.images import fit_image, load_image
+from calotype.pipeline import facts
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
+from calotype.pipeline.model_folder import find, load
+from calotype.pipeline.order import Order
+from calotype.pipeline.png import write_png
 
-_NETWORKS = ("vae", "unet", "guide", "student", "tiny_decoder")
+# How an argument of the pipeline is called on the command line.
+FLAGS = {
+    "label": "LABEL",
+    "num_images": "-n",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "height": "--size, height",
+    "width": "--size, width",
+} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("seed", "guidance_interval", "guidance_rescale", "sampler", "fast", "image", "mask", "strength")
+}
 
 
 class Job(NamedTuple):
@@ -34,37 +47,21 @@ def main(settings) -> None:
     """Draw n pictures; with classes and no label they take turns and go into a folder each."""
     pipe = load(settings.model)
     _refuse_wrong_words(pipe, settings)
+    more = {"reproducible": settings.reproducible} | size_of(settings)
+    if settings.mask is not None:
+        more["mask"] = picture(settings.mask, "--mask", 1, pipe.image_size)
     jobs = _jobs(pipe, settings)
-    more = {} if settings.mask is None else {"mask": picture(settings.mask, "--mask", 1, pipe.image_size)}
-    if settings.size is not None:
-        more |= dict(zip(("height", "width"), height_width(settings.size), strict=True))
-    facts = facts_of(pipe, settings)
+    carried = facts_of(pipe, settings, **more) | given_facts(settings)
     for start in track(range(0, len(jobs), settings.batch_size), "Drawing", transient=True):
         batch = jobs[start : start + settings.batch_size]
         for job, image in zip(batch, draw(pipe, batch, settings, **more), strict=True):
-            write_png(image, job.file, {"label": job.label or "", "seed": job.seed} | facts)
+            write_png(image, job.file, {"label": job.label or "", "seed": job.seed} | carried)
     print(f"{len(jobs)} pictures in {settings.out}")
 
 
-def find(model: Path) -> Path:
-    """The model folder that `model` names: itself, or RUN/pipeline; raises UserError."""
-    for folder in (model, model / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise UserError(f"MODEL {model} holds no model; give a model folder or a run that reached `calotype export`.")
-
-
-def load(model: Path) -> LatentDiffusionPipeline:
-    """A saved pipeline on the best device here, ready to draw."""
-    logging.disable_progress_bar()
-    pipe = LatentDiffusionPipeline.from_pretrained(find(model), use_safetensors=True, local_files_only=True)
-    for name in _NETWORKS:
-        if getattr(pipe, name) is not None:
-            device.choose_attention(getattr(pipe, name))
-    if pipe.tiny_decoder is not None:
-        pipe.tiny_decoder.to(memory_format=torch.channels_last)  # a third less time on a CPU
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device.device())
+def size_of(settings) -> dict[str, int]:
+    """What --size says to the pipeline."""
+    return {} if settings.size is None else dict(zip(("height", "width"), height_width(settings.size), strict=True))
 
 
 def draw(pipe: LatentDiffusionPipeline, jobs: list[Job], settings, **more) -> list[Image.Image]:
@@ -82,7 +79,17 @@ def for_users(precision: str) -> Iterator[None]:
         with device.autocast(precision):
             yield
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(translated(str(error), FLAGS)) from None
+
+
+def translated(message: str, names: Mapping[str, str]) -> str:
+    """What the pipeline says about an argument, with the name that a user knows it by."""
+    message = re.sub(r"\bfast=True\b", names["fast"], message)
+    return re.sub(r"^(\w+)(=?)", lambda found: _named(names, found[1], found[2]), message)
+
+
+def _named(names: Mapping[str, str], name: str, equals: str) -> str:
+    return f"{names[name]}{' ' if equals else ''}" if name in names else name + equals
 
 
 def order_of(settings) -> dict:
@@ -95,17 +102,6 @@ def order_of(settings) -> dict:
         "sampler": settings.sampler,
         "fast": settings.fast,
     }
-
-
-def write_png(image: Image.Image, file: Path, facts: dict) -> None:
-    """Write a PNG that carries how it was made as text; another's picture is never overwritten."""
-    if file.exists() and "calotype:model" not in Image.open(file).info:
-        raise UserError(f"--out: {file} is there already and not drawn by calotype; give another folder.")
-    info = PngInfo()
-    for name, value in facts.items():
-        info.add_itxt(f"calotype:{name}", str(value))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, pnginfo=info)
 
 
 def _refuse_wrong_words(pipe: LatentDiffusionPipeline, settings) -> None:
@@ -130,16 +126,24 @@ def _jobs(pipe: LatentDiffusionPipeline, settings) -> list[Job]:
     """What is to be drawn, in the order of the seeds; n times each given picture, or n pictures in all."""
     if settings.image is None:
         n = 16 if settings.n is None else settings.n
+        _refuse_late_seeds(settings, n)
         labels = [_label(pipe, settings.label, i) for i in range(n)]
         return [Job(settings.seed + i, _file(settings, labels[i], i), labels[i], None) for i in range(n)]
-    n, jobs = settings.n or 1, []
-    for file in files_of(settings.image):
+    n, jobs, files = settings.n or 1, [], files_of(settings.image)
+    _refuse_late_seeds(settings, n * len(files))
+    for file in files:
         image = picture(file, "--image", pipe.image_channels, pipe.given_size)
         for _ in range(n):
             seed = settings.seed + len(jobs)
             name = f"{file.stem}.png" if n == 1 else f"{file.stem}-{seed:08d}.png"
             jobs.append(Job(seed, settings.out / name, _label(pipe, settings.label, len(jobs)), image))
     return jobs
+
+
+def _refuse_late_seeds(settings, count: int) -> None:
+    last = 2**63 - count
+    if settings.seed > last:
+        raise UserError(f"--seed {settings.seed} leaves no room for {count} pictures; give one from 0 to {last}.")
 
 
 def files_of(path: Path, flag: str = "--image") -> list[Path]:
@@ -159,21 +163,18 @@ def picture(file: Path, flag: str, channels: int, size: tuple[int, int]) -> Imag
         raise UserError(f"{flag} {error}") from None
 
 
-def facts_of(pipe: LatentDiffusionPipeline, settings) -> dict:
-    """What every picture carries beside its label and seed."""
-    facts = {
-        "steps": settings.steps or (pipe.config.student_steps if settings.fast else pipe.default_steps),
-        "guidance": pipe.default_guidance if settings.guidance is None else settings.guidance,
-        "sampler": settings.sampler or pipe.config.sampler or type(pipe.scheduler).__name__,
-    }
-    if settings.fast:
-        facts |= {"guidance": "built in", "sampler": type(pipe.student_scheduler).__name__}
-    return facts | about(settings.model, "student" if settings.fast else "unet")
+def facts_of(pipe: LatentDiffusionPipeline, settings, **more) -> dict[str, str]:
+    """What every picture carries beside its label and seed; `more` is what the pipeline is told beside the flags."""
+    order = Order(**order_of(settings), **more)
+    precision = "bf16" if device.resolve_precision(settings.precision) == torch.bfloat16 else "fp32"
+    about = facts.about(find(settings.model), "student" if settings.fast else "unet")
+    return facts.drawn(pipe, order, precision) | about
 
 
-def about(model: Path, network: str = "unet") -> dict:
-    """What a picture carries of where it comes from."""
-    return {"model": weights_hash(find(model) / network)[:16], "software": f"calotype {__version__}"}
+def given_facts(settings) -> dict[str, str]:
+    """That a picture was made from others, which it does not hold."""
+    given = [name for name in ("image", "mask") if getattr(settings, name) is not None]
+    return {"given": " and ".join(given)} if given else {}
 
 
 def _label(pipe: LatentDiffusionPipeline, label: str | None, i: int) -> str | None:

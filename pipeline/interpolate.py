@@ -6,10 +6,11 @@ from PIL import Image
 
 from calotype.metrics import psnr
 from calotype.pipeline import latent_space
-from calotype.pipeline.generate import facts_of, for_users, load, order_of, picture, write_png
+from calotype.pipeline.generate import facts_of, for_users, load, order_of, picture
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.pipeline.latent_space import End
 from calotype.pipeline.pictures import to_tensor
+from calotype.pipeline.png import write_png
 
 
 def main(settings) -> None:

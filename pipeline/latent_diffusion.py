@@ -1,6 +1,6 @@
 """Draw pictures with a trained autoencoder and latent diffusion model.
 
-This file travels inside every saved model as `pipeline.py`, with the four that it imports from beside it; together they
+This file travels inside every saved model as `pipeline.py`, with the five that it imports from beside it; together they
 need nothing but torch, diffusers, numpy and PIL.
 """
 
@@ -20,13 +20,14 @@ from diffusers.utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from .order import Event, Images, Label, Labels, Order
+from .labels import as_shares, blend, class_labels, mixed, token_ids
+from .order import Event, Images, Label, Labels, NonFiniteLatents, Order, alone, joined
 from .pictures import Vae, encode, enlarge, fill_hole, given_latents, new_latents, to_tensor
 from .prediction import Conditions, Told, UNet, Windows, evaluate, guide, in_windows, windows
 from .samplers import begin_at, clean, make_scheduler, noised
 
 CONDITION = re.compile(r"none|class|text|inpaint|edges|superres:[2-9]|superres:1[0-6]")
-_TRAVELS = ("order.py", "pictures.py", "prediction.py", "samplers.py")
+_TRAVELS = ("labels.py", "order.py", "pictures.py", "prediction.py", "samplers.py")
 _STOCK_TEXT = "StableDiffusionPipeline"
 _NULLS = ("safety_checker", "feature_extractor", "image_encoder")  # parts of the stock text pipeline that we never have
 _STOCK_PARTS = ("vae", "unet", "scheduler", "text_encoder", "tokenizer")
@@ -192,13 +193,25 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         `label`: a class name or id, for a text model a prompt, None for neither, {label: share, …} for a blend, or a
         list of these, one a picture. `num_images`: by default as many as the lists hold, else 1. `order`: the fields of
-        `Order`. Raises ValueError naming the argument.
+        `Order`. Raises ValueError naming the argument, and NonFiniteLatents rather than show what is no picture.
         """
         order = Order(**order)
         if num_images is None:
-            num_images = next((len(value) for value in (label, order.image) if isinstance(value, list)), 1)
+            num_images = next((len(value) for value in (label, order.image) if isinstance(value, list) and value), 1)
         self.check_inputs(label, num_images, order)
-        order = self._with_defaults(order)
+        if not order.reproducible:
+            yield from self._drawing(label, num_images, self._with_defaults(order))
+            return
+        drawings = [self._drawing(*single) for single in self._with_defaults(order).each(label, num_images)]
+        while True:
+            with alone():
+                events = [event for drawing in drawings if (event := next(drawing, None))]
+            if not events:
+                return
+            yield joined(events)
+
+    def _drawing(self, label: Labels, num_images: int, order: Order) -> Iterator[Event]:
+        """One drawing with everything filled in that the model decides."""
         known = self._known(order, num_images)
         told = self.conditions(label, num_images, known)
         scheduler = self._scheduler(order)
@@ -218,7 +231,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
         """Latents (B, c, h, w) of pictures of the model's size."""
-        return encode(self.vae, self._pictures("images", images, len(images), self.image_size))
+        return _finite(encode(self.vae, self._pictures("images", images, len(images), self.image_size)), 0)
 
     # Before the first step, in order of use
 
@@ -258,6 +271,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             if padded or not isinstance(value, int) or value < trained or value % self.factor:
                 way = f"{trained}" if padded else f"{trained} or more and a multiple of {self.factor}"
                 raise ValueError(f"{name}={value} must be {way}.")
+        order.check_pixels(num_images, self._size(order))
         shape = self._latent_shape(self._size(order))
         if order.latents is not None and tuple(order.latents.shape) != (num_images, *shape):
             raise ValueError(f"latents of shape {tuple(order.latents.shape)} must be {(num_images, *shape)}.")
@@ -303,38 +317,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         null = self.class_labels([None] * num_images)
         if y is None or torch.equal(y, null):
             return asked, None
-        return asked, asked._replace(labels=_shares(null, len(self.labels) + 1) if y.is_floating_point() else null)
+        return asked, asked._replace(labels=as_shares(null, len(self.labels) + 1) if y.is_floating_point() else null)
 
     def encode_prompts(self, prompts: list[Label]) -> Tensor:
         """Hidden states (B, n, d) of prompts, as StableDiffusionPipeline makes them; None is the empty prompt."""
-        blends = [_blend("label", prompt) for prompt in prompts]
-        words = list(dict.fromkeys(prompt or "" for blend in blends for prompt in blend))
-        most = self.tokenizer.model_max_length
-        for prompt in words:
-            if not isinstance(prompt, str):
-                raise ValueError(f"label={prompt!r}: this model draws from text; give a prompt.")
-            count = len(self.tokenizer(prompt, verbose=False).input_ids)
-            if count > most:
-                raise ValueError(f"prompt {prompt[:40]!r}… has {count} tokens, the model reads {most}; shorten it.")
-        tokens = self.tokenizer(words, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
-        states = self.text_encoder(tokens.input_ids.to(self._execution_device))[0].to(self.unet.dtype)
-        mixed = [sum(share * states[words.index(prompt or "")] for prompt, share in b.items()) for b in blends]
-        return torch.stack(mixed)
+        words = list(dict.fromkeys(word or "" for prompt in prompts for word in blend(prompt)))
+        tokens = token_ids(self.tokenizer, words).to(self._execution_device)
+        states = self.text_encoder(tokens)[0].to(self.unet.dtype)
+        return mixed(dict(zip(words, states, strict=True)), prompts)
 
     def class_labels(self, wanted: list[Label]) -> Tensor | None:
         """Class ids (B,), null for None; shares (B, classes + 1) if one is a blend; None without classes."""
-        if not self.labels:
-            if any(item is not None for item in wanted):
-                raise ValueError(f"label={wanted[0]!r}: this model was trained without labels; leave it out.")
-            return None
-        blends = [{self._class_id(item): share for item, share in _blend("label", label).items()} for label in wanted]
-        if all(len(blend) == 1 for blend in blends):
-            return torch.tensor([next(iter(blend)) for blend in blends], device=self._execution_device)
-        shares = torch.zeros(len(blends), len(self.labels) + 1)
-        for row, blend in zip(shares, blends, strict=True):
-            for item, share in blend.items():
-                row[item] += share
-        return shares.to(self._execution_device)
+        y = class_labels(self.labels, wanted)
+        return None if y is None else y.to(self._execution_device)
 
     def _scheduler(self, order: Order) -> SchedulerMixin:
         """A scheduler for one drawing; it keeps its place, so threads may share the models but not this."""
@@ -363,7 +358,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return Start(noise * getattr(scheduler, "init_noise_sigma", 1.0))
         # Where everything may become new, what is there now must not shine through.
         hidden = known.new is not None and order.strength == 1
-        z_0 = encode(self.vae, fill_hole(known.x, known.new) if hidden else known.x).float()
+        z_0 = _finite(encode(self.vae, fill_hole(known.x, known.new) if hidden else known.x).float(), 0)
         begin = begin_at(scheduler, order.strength)
         z = z_0 if begin == len(scheduler.timesteps) else noised(scheduler, z_0, noise, scheduler.timesteps[begin])
         new = None if known.new is None else new_latents(known.new, tuple(z.shape[2:]))
@@ -385,6 +380,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             before, result = z, scheduler.step(prediction, t, z, **extra)
             following = times[i + 1] if i + 1 < len(times) else None
             z = self._called_back(order, i, t, _kept(scheduler, start, result.prev_sample, following))
+            _finite(z, i + 1)
             yield z if following is None else clean(scheduler, result, before, t, prediction)
 
     def predict(
@@ -413,15 +409,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor, output_type: str, decoder: str = "full", keep: Known | None = None) -> Any:
-        """Pictures of latents (B, c, h, w); raises ValueError rather than return a black one.
+        """Pictures of latents (B, c, h, w); raises NonFiniteLatents rather than return a black one.
 
         `keep`: where its mask is 0 the result is its picture.
         """
-        if not torch.isfinite(z).all():
-            raise ValueError("the model gave numbers that are not finite; its weights or its precision are at fault.")
+        _finite(z, 0)  # a codebook would find an entry for it all the same
         if output_type == "latent":
             return z
-        x = self._decode(z, decoder)
+        x = _finite(self._decode(z, decoder), None)
         if keep is not None:
             x = torch.where(keep.new > 0.5, x, keep.x)
         x = (x / 2 + 0.5).clamp(0, 1)
@@ -503,30 +498,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         mode = mode or ("L" if self.image_channels == 1 else "RGB")
         return to_tensor([image.convert(mode) for image in images]).to(self._execution_device)
 
-    def _class_id(self, label: Label) -> int:
-        if label is None:
-            return len(self.labels)
-        if isinstance(label, str):
-            if label not in self.labels:
-                raise ValueError(f"label={label!r} is not known; this model knows {', '.join(self.labels[:60])}.")
-            return self.labels.index(label)
-        if not 0 <= label < len(self.labels):
-            raise ValueError(f"label={label} must be from 0 to {len(self.labels) - 1}.")
-        return label
 
-
-def _blend(name: str, label: Label) -> dict[str | int | None, float]:
-    """A label as shares that sum to 1; raises ValueError."""
-    if not isinstance(label, dict):
-        return {label: 1.0}
-    total = sum(share if isinstance(share, (int, float)) and share >= 0 else float("nan") for share in label.values())
-    if not total > 0:
-        raise ValueError(f"{name}={label!r}: a blend needs shares from 0 on, and one above 0.")
-    return {item: share / total for item, share in label.items()}
-
-
-def _shares(y: Tensor, classes: int) -> Tensor:
-    return F.one_hot(y, classes).float()
+def _finite(x: Tensor, step: int | None) -> Tensor:
+    """The same tensor; raises NonFiniteLatents where some of it is not finite."""
+    if not torch.isfinite(x).all():
+        raise NonFiniteLatents(step)
+    return x
 
 
 def _kept(scheduler: SchedulerMixin, start: Start, z: Tensor, t: Tensor | None) -> Tensor:

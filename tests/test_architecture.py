@@ -13,8 +13,14 @@ ROOMS = {
     "pipeline": {"calotype", "pipeline"},
     "demo": {"calotype", "pipeline", "demo"},
 }
-CONVERTER = ROOT / "stage1_vae/convert.py"
-BESIDE = {"order", "pictures", "prediction", "samplers"}  # lie with the pipeline's own file in every saved model
+CONVERTER = ROOT / "calotype/unpickle.py"
+BESIDE = {
+    "labels",
+    "order",
+    "pictures",
+    "prediction",
+    "samplers",
+}  # lie with the pipeline's own file in every saved model
 TRAVELLERS = [ROOT / "pipeline" / f"{name}.py" for name in ("latent_diffusion", *sorted(BESIDE))]
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
 

@@ -94,10 +94,10 @@ def test_the_way_between_seeds_and_pictures(model, pipe, tmp_path, capsys):
         ("edit", ["--image", "photo", "--plus", "."], "--plus and --minus go together"),
         ("edit", ["--image", "photo", "--plus", "x", "--minus", "y", "-n", "2"], "move codes and draw nothing"),
         ("edit", ["--image", "photo", "--plus", "nowhere", "--minus", "y"], "--plus nowhere is not a folder"),
-        ("edit", ["purple", "--image", "photo"], "label='purple' is not known"),
+        ("edit", ["purple", "--image", "photo"], "LABEL 'purple' is not known"),
         ("interpolate", ["1", "nowhere.png"], "TO nowhere.png"),
         ("interpolate", ["1", "2", "-n", "1"], "-n 1"),
-        ("generate", ["--size", "15"], "height=15 must be 16 or more"),
+        ("generate", ["--size", "15"], "--size, height 15 must be 16 or more"),
         ("generate", ["--image", "photo"], "change pictures with `calotype edit`"),
     ],
 )
