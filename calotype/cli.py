@@ -14,6 +14,11 @@ from calotype.lock import refuse_held
 COMMANDS = {
     "run": ("calotype.settings:RunSettings", "calotype.run:main", "all of it: pictures to model, report and samples"),
     "data": ("calotype.settings:SheetSettings", "calotype.sheet:main", "read a source and write its data sheet"),
+    "data check": (
+        "calotype.settings:CheckSettings",
+        "calotype.data_check:main",
+        "which files of a folder cannot be read, and why",
+    ),
     "train-vae": ("calotype.stage1_vae.config:VaeSettings", "calotype.stage1_vae.train:main", "stage 1: autoencoder"),
     "encode": (
         "calotype.stage1_vae.config:EncodeSettings",
@@ -106,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "--version":
             print(f"calotype {__version__}")
             return 0
-        return run(argv[0], argv[1:])
+        words = 2 if " ".join(argv[:2]) in COMMANDS else 1  # a folder called check is ./check
+        return run(" ".join(argv[:words]), argv[words:])
     except UserError as error:
         print(f"calotype: {one_line(str(error))}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from calotype import shapes
 from calotype.errors import UserError
-from calotype.images import UnreadableImage, fit_image, load_image, to_uint8
+from calotype.folder import on_disk
+from calotype.images import fit_image, to_uint8
+from calotype.picture_files import UnreadableImage, display_name, load_image
 from calotype.randomness import KeyedOrder, uniform
 from calotype.sheet import VARIATIONS, Record, Sheet
 
@@ -23,13 +25,15 @@ _MEMORY = 2**30  # bytes of decoded pictures that a process may keep
 class Batch(NamedTuple):
     """Examples at neighbouring positions: pictures uint8 (B, C, H, W) or latents (B, c, h, w), and class ids (B,).
 
-    Latents also say which items (B,) of their cache they are; these stay on the CPU.
+    Latents also say which items (B,) of their cache they are; these stay on the CPU. `unread` names the pictures of the
+    split that could not be read, by number; others stand in for them.
     """
 
     x: Tensor
     label: Tensor
     start: int
     item: Tensor | None = None
+    unread: tuple[int, ...] = ()
 
     def part(self, i: int, parts: int) -> "Batch":
         """The i-th of `parts` equal parts."""
@@ -56,66 +60,99 @@ class Pictures:
         small = len(self.records) * sheet.channels * self.size[0] * self.size[1] <= _MEMORY
         self._kept: dict[int, Tensor] | None = {} if small else None
         self.gone: set[str] = set()
+        self.stand_ins: dict[int, int] = {}  # of items that could not be read
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Tensor:
-        if self._kept is None:
-            return self._read(i)
-        if i not in self._kept:
-            self._kept[i] = self._read(i)
+        """Picture i; one that has gone bad since it was checked is replaced by the next good one."""
+        for j in range(i, i + len(self)):
+            try:
+                x = self.read(j % len(self))
+            except UnreadableImage as error:
+                self._note(self.records[j % len(self)], error)
+                continue
+            if j > i:
+                self.stand_ins[i] = j % len(self)
+            return x
+        raise self.none_left()
+
+    def read(self, i: int) -> Tensor:
+        """Picture i itself; raises UnreadableImage if it has gone bad since it was checked."""
+        if self._kept is None or i not in self._kept:
+            x = to_uint8(self._picture(self.records[i]))
+            if self._kept is None:
+                return x
+            self._kept[i] = x
         return self._kept[i]
+
+    def none_left(self) -> UserError:
+        """What to raise where no picture can stand in for another."""
+        return UserError(f"none of the pictures below {self._root} can be read any more; was the folder moved?")
+
+    def path(self, i: int) -> Path:
+        """The file of picture i."""
+        return on_disk(self._root, self.records[i].file)
 
     def refuse_gone(self) -> None:
         """Raise UserError if a picture has gone bad since the data sheet was made."""
         if self.gone:
             raise UserError(
-                f"{self._root / min(self.gone)} can no longer be read; mend it, or run `calotype data` with --fresh."
+                f"{display_name(on_disk(self._root, min(self.gone)))} can no longer be read; mend it, or run "
+                "`calotype data` with --fresh."
             )
-
-    def _read(self, i: int) -> Tensor:
-        """Picture i; one that has gone bad since it was checked is replaced by the next good one."""
-        for j in range(len(self)):
-            record = self.records[(i + j) % len(self)]
-            try:
-                return to_uint8(self._picture(record))
-            except UnreadableImage as error:
-                self._note(record, error)
-        raise UserError(f"none of the pictures below {self._root} can be read any more; was the folder moved?")
 
     def _picture(self, record: Record):
         if self.sheet.source in VARIATIONS:
             variation = VARIATIONS[self.sheet.source]
             picture = shapes.render(shapes.draw_factors(self.sheet.seed, int(record.file), variation), self.size)
             return picture.convert("L") if self.sheet.channels == 1 else picture
-        picture = load_image(self._root / record.file, channels=self.sheet.channels, draft_size=max(self.size))
+        picture = load_image(on_disk(self._root, record.file), channels=self.sheet.channels, draft_size=max(self.size))
         return fit_image(picture, self.size, self.sheet.fit)
 
     def _note(self, record: Record, error: UnreadableImage) -> None:
-        if record.file not in self.gone:
-            self.gone.add(record.file)
-            print(f"Replaced by the next picture from now on: {error}")
+        if not self.gone:
+            print(f"Replaced by the next picture from now on, as others would be: {error}")
+        self.gone.add(record.file)
 
 
 class PictureBatches:
-    """The batches of one process from a step on, for ever: order and mirroring are functions of the position."""
+    """The batches of one process from a step on, for ever: order and mirroring are functions of the position.
+
+    Where a picture can no longer be read, that of the next position stands in for it, with its own label.
+    """
 
     def __init__(self, pictures: Pictures, *, seed: int, flip: bool):
         self.pictures, self.seed, self.flip = pictures, seed, flip
         self.order = KeyedOrder(len(pictures), seed)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
-        i = self.order.index(position)
-        x = self.pictures[i]
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:
+        x, i, unread = self._first_readable(position)
         if self.flip and uniform(self.seed, "flip", position, 1) < 0.5:
             x = x.flip(-1)
-        return x, self.pictures.labels[i], position
+        return x, self.pictures.labels[i], position, unread
+
+    def _first_readable(self, position: int) -> tuple[Tensor, int, tuple[int, ...]]:
+        """The first picture from a position on that can be read, its number, and the numbers of those before it."""
+        unread: list[int] = []
+        for near in range(position, position + 2 * len(self.pictures)):  # so that a whole epoch lies within
+            i = self.order.index(near)
+            try:
+                return self.pictures.read(i), i, tuple(unread)
+            except UnreadableImage:
+                unread.append(i)
+        raise self.pictures.none_left()
 
     def from_step(self, step: int, share: "Share", workers: int = 0) -> Iterator[Batch]:
         """Batches from `step` on; worker processes, if any, decode ahead."""
         positions = _Positions(step, share)
-        return iter(DataLoader(self, batch_sampler=positions, num_workers=workers, collate_fn=_collate))
+        batches = iter(DataLoader(self, batch_sampler=positions, num_workers=workers, collate_fn=_collate))
+        while True:
+            try:
+                yield next(batches)
+            except UserError as error:  # a worker sends it with all its traceback
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 class Share(NamedTuple):
@@ -155,9 +192,9 @@ def evenly_spaced(size: int, most: int) -> list[int]:
     return [i * size // most for i in range(most)] if most < size else list(range(size))
 
 
-def _collate(items: list[tuple[Tensor, Tensor, int]]) -> Batch:
-    pictures, labels, positions = zip(*items, strict=True)
-    return Batch(torch.stack(pictures), torch.stack(labels), positions[0])
+def _collate(items: list[tuple[Tensor, Tensor, int, tuple[int, ...]]]) -> Batch:
+    pictures, labels, positions, unread = zip(*items, strict=True)
+    return Batch(torch.stack(pictures), torch.stack(labels), positions[0], unread=tuple(chain(*unread)))
 
 
 class _Positions(NamedTuple):

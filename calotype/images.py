@@ -1,138 +1,21 @@
-"""The one gate by which any picture enters: training, cache and demo; and the way back to pictures and sheets."""
+"""Pictures as tensors, and the way back to pictures and sheets; files come in through `picture_files`."""
 
-import contextlib
-import os
-import stat
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from calotype.errors import UserError
+from calotype.picture_files import MAX_PIXELS as MAX_PIXELS
+from calotype.picture_files import UnreadableImage as UnreadableImage
+from calotype.picture_files import load_image as load_image
 
 Fit = Literal["crop", "pad", "stretch"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
-MAX_PIXELS = 178_000_000  # just under Pillow's own refusal, which stays in force
-_STRANGERS = {  # what often hides behind a picture's name, by its first bytes
-    b"\x00\x05\x16\x07": "macOS metadata (AppleDouble), not a picture; delete it",
-    b"version https://git-lfs": "a Git LFS pointer, not a picture; run `git lfs pull`",
-    b"<": "HTML or XML text, not a picture; fetch the picture again",
-}
 _GAP = 2
 _INK = (60, 60, 60)
-
-
-class UnreadableImage(UserError):
-    """A picture that cannot be used: one line with the name of the file and the reason."""
-
-
-def load_image(
-    source: str | os.PathLike | BinaryIO,
-    *,
-    channels: Literal[1, 3],
-    draft_size: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    background: tuple[int, int, int] = (255, 255, 255),
-) -> Image.Image:
-    """The first frame of a picture, upright and opaque, as 8-bit "L" or "RGB"; raises UnreadableImage.
-
-    16-bit samples are scaled by 65535; floats, and integers beyond 16 bits, by their own range. With `draft_size` a
-    large JPEG is decoded at a fraction of its size, its short side no shorter than that.
-    """
-    try:
-        with _binary_file(source) as file:
-            image = _open(file, max_pixels)
-            if draft_size is not None:
-                image.draft(None, (draft_size, draft_size))
-            image.load()
-            with contextlib.suppress(Exception):  # a good picture with damaged EXIF data has no orientation to obey
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_mode(image, "L" if channels == 1 else "RGB", background)
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{_display_name(source)}: {error}") from None
-    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"{_display_name(source)}: damaged ({reason})") from error
-
-
-def header_size(source: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) that the header of a readable picture gives, whatever is decoded of it."""
-    with Image.open(source, formats=FORMATS) as image:
-        return image.size
-
-
-def _binary_file(source: str | os.PathLike | BinaryIO):
-    if hasattr(source, "read"):
-        return contextlib.nullcontext(source)
-    try:
-        mode = os.stat(source).st_mode
-        if stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            return open(source, "rb")
-    except OSError as error:
-        nothing = isinstance(error, FileNotFoundError) and os.path.islink(source)
-        raise UnreadableImage("a link to nothing" if nothing else error.strerror) from None
-    raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
-
-
-def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(file, formats=FORMATS)  # reads the header only
-    except UnidentifiedImageError:
-        raise UnreadableImage(_why_not_a_picture(file)) from None
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(str(error)) from None
-    if image.width * image.height > max_pixels:
-        raise UnreadableImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
-    return image
-
-
-def _why_not_a_picture(file: BinaryIO) -> str:
-    file.seek(0)
-    start = file.read(256)
-    if not start:
-        return "an empty file"
-    for prefix, reason in _STRANGERS.items():
-        if start.lstrip().startswith(prefix):
-            return reason
-    if start[4:10] == b"ftyphe":
-        return "a HEIC picture; convert it to JPEG or PNG"
-    return f"damaged, or not one of {', '.join(FORMATS)}"
-
-
-def _display_name(source) -> str:
-    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
-    name = str(name)
-    return name if name.isprintable() else repr(name)
-
-
-def _to_mode(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        backdrop = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(backdrop, image.convert("RGBA"))
-    if image.mode not in ("1", "L"):  # Pillow has no direct way from some modes (LAB, CMYK) to "L"
-        image = image.convert("RGB")
-    return image.convert(mode)
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 or 32 bits as "L", or "LA" where a level is declared transparent; nothing is ever clipped."""
-    x = np.asarray(image)
-    if not np.isfinite(x).all():
-        raise UnreadableImage("holds values that are not finite")
-    low, high = float(x.min()), float(x.max())
-    if x.dtype.kind != "f" and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    unit = (x.astype(np.float32) - low) / max(high - low, np.finfo(np.float32).tiny)
-    levels = Image.fromarray(np.rint(unit * 255).astype(np.uint8))
-    if "transparency" in image.info:
-        levels.putalpha(Image.fromarray(np.where(x == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return levels
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

@@ -1,43 +1,22 @@
 """Image sources, the embedded shapes or a folder, and their data sheet.
 
 A source is read once. What was found goes into data.json (the sheet) and manifest.jsonl (a line a picture); later
-commands take the sheet as their SOURCE and never list the files again.
+commands take the sheet as their SOURCE. Those that train compare the folder with it before they begin.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-from rich.progress import track
-
-from calotype import checkpoint, shapes
+from calotype import checkpoint
 from calotype.config import PRESET_IMAGE_SIZE, DataSettings, fraction_of, height_width
+from calotype.data_change import changes, refuse_changed
 from calotype.errors import UserError
-from calotype.folder import Entry, list_pictures
-from calotype.images import UnreadableImage, header_size, load_image
+from calotype.source import DEFAULT_FRACTION, VARIATIONS, Record, read_folder, read_shapes
 
-UNLABELLED = -1
-SHAPES_COUNT = 12_000  # a multiple of 48, so that every class has as many
-_BAD_SHARE = 0.01
-_DEFAULT_FRACTION = 0.05
 _PURPOSES = {"train": "train on", "val": "hold out"}
-VARIATIONS = {"shapes": shapes.PLAIN, "shapes:full": shapes.FULL}
-
-
-class Record(NamedTuple):
-    """One picture: its file (or number), class id or -1, caption or "", and whether it is held out."""
-
-    file: str
-    label: int
-    text: str
-    val: bool
 
 
 @dataclass
@@ -56,11 +35,14 @@ class Sheet:
     captions: bool
     sizes: dict[str, int]
     bad_count: int
-    bad: list[dict[str, str]]
+    bad: list[dict]
     manifest: str = ""
+    listing: str = ""  # what `calotype data check` calls the fingerprint of the folder
+    notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     val_root: str | None = None
     records: list[Record] = field(default_factory=list, repr=False)
+    file: Path | None = None  # where it was read from; None: made just now
 
     @property
     def class_names(self) -> list[str]:
@@ -73,8 +55,10 @@ class Sheet:
         lines = "".join(json.dumps(record, ensure_ascii=True) + "\n" for record in self.records)
         self.manifest = hashlib.sha256(lines.encode()).hexdigest()
         checkpoint.write_text(out / "manifest.jsonl", lines)
-        content = {k: v for k, v in asdict(self).items() if k != "records"}
-        checkpoint.write_text(out / "data.json", json.dumps(content, indent=1, ensure_ascii=False))
+        content = {k: v for k, v in asdict(self).items() if k not in ("records", "file")}
+        checkpoint.write_text(out / "data.json", _json(content))
+        for note in self.notes:
+            print(note)
 
     def keep(self, source: Path, out: Path) -> None:
         """Write the sheet into `out`, unless the command was given one or `out` has it already."""
@@ -86,7 +70,7 @@ def main(settings) -> None:
     """`calotype data`: write the sheet, or keep the one that is there."""
     file = settings.out / "data.json"
     if settings.fresh or not file.exists():
-        make_sheet(settings.source, settings, settings.seed, PRESET_IMAGE_SIZE[settings.preset]).write(settings.out)
+        _make(settings)
     sheet = read_sheet(file)
     if (sheet.source, sheet.seed) != (settings.source, settings.seed):
         raise UserError(
@@ -94,7 +78,16 @@ def main(settings) -> None:
             "give another --out, or --fresh."
         )
     _refuse_contradiction(sheet, settings, file)
+    if changes(sheet):
+        refuse_changed(sheet, allowed=settings.allow_data_change)
+        sheet = _make(settings)
     print(summary(sheet))
+
+
+def _make(settings) -> Sheet:
+    sheet = make_sheet(settings.source, settings, settings.seed, PRESET_IMAGE_SIZE[settings.preset])
+    sheet.write(settings.out)
+    return sheet
 
 
 def open_sheet(source: str, settings: DataSettings, seed: int, out: Path, image_size: str) -> Sheet:
@@ -125,6 +118,7 @@ def read_sheet(file: Path) -> Sheet:
     if hashlib.sha256(lines.encode()).hexdigest() != sheet.manifest:
         raise UserError(f"{file.with_name('manifest.jsonl')} was changed since {file}; run `calotype data --fresh`.")
     sheet.records = [Record(*json.loads(line)) for line in lines.splitlines()]
+    sheet.file = file
     return sheet
 
 
@@ -133,11 +127,11 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
     if source in VARIATIONS:
         if settings.val and fraction_of(settings.val) is None:
             raise UserError(f"--val {settings.val}: {source} has no folders; give a fraction such as 0.05.")
-        found = _read_shapes(source, seed, fraction_of(settings.val) or _DEFAULT_FRACTION)
+        found = read_shapes(source, seed, fraction_of(settings.val) or DEFAULT_FRACTION)
     elif ":" in source and not Path(source).exists():
         raise UserError(f"SOURCE {source} is not known; give `shapes`, `shapes:full` or a folder of pictures.")
     else:
-        found = _read_folder(Path(source), settings)
+        found = read_folder(Path(source), settings)
     labels = Counter(record.label for record in found.records)
     sheet = Sheet(
         source=source,
@@ -150,16 +144,18 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
         captions=any(r.text for r in found.records),
         sizes=found.sizes,
         bad_count=len(found.bad),
-        bad=found.bad[:1000],
+        bad=found.bad,
+        listing=found.listing,
+        notes=list(found.notes),
         root=found.root,
         val_root=found.val_root,
-        val=settings.val or str(_DEFAULT_FRACTION),
+        val=settings.val or str(DEFAULT_FRACTION),
         records=found.records,
     )
     for split, count in sheet.counts.items():
         if not count:
             raise UserError(f"SOURCE {source}: no picture is left to {_PURPOSES[split]}; add some, or change --val.")
-    sheet.fingerprint = _fingerprint(sheet, found.hashes)
+    sheet.fingerprint = _fingerprint(sheet)
     return sheet
 
 
@@ -182,116 +178,6 @@ def summary(sheet: Sheet) -> str:
     )
 
 
-class _Found(NamedTuple):
-    """What reading a source found."""
-
-    records: list[Record]
-    classes: list[str]
-    channels: int
-    sizes: dict[str, int]
-    bad: list[dict[str, str]]
-    hashes: list[str]
-    root: str = ""
-    val_root: str | None = None
-
-
-def _read_shapes(source: str, seed: int, fraction: float) -> _Found:
-    names = [str(i) for i in range(SHAPES_COUNT)]
-    held_out = _held_out(names, fraction)
-    factors = [shapes.draw_factors(seed, i, VARIATIONS[source]) for i in range(SHAPES_COUNT)]
-    records = [Record(n, f.label, f.caption, val) for n, f, val in zip(names, factors, held_out, strict=True)]
-    return _Found(records, list(shapes.CLASSES), 3, {}, [], [])
-
-
-def _read_folder(root: Path, settings: DataSettings) -> _Found:
-    fraction = fraction_of(settings.val) or _DEFAULT_FRACTION
-    val_root = Path(settings.val) if settings.val and fraction_of(settings.val) is None else None
-    if val_root and val_root.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--val {val_root} lies inside SOURCE {root}, so it would be trained on; move it outside.")
-    train = _check(root, list_pictures(root))
-    val = _check(val_root, list_pictures(val_root)) if val_root else []
-    good, bad = [c for c in train + val if not c.fault], [c for c in train + val if c.fault]
-    _refuse_many_bad(root, bad, len(train + val), settings.allow_bad)
-    classes = sorted({c.entry.label for c in train if c.entry.label})
-    _refuse_unknown_label(val_root, val, classes)
-    number = {name: i for i, name in enumerate(classes)}
-    in_train = sum(not c.fault for c in train)
-    held_out = [False] * in_train if val_root else _held_out([c.entry.file for c in good], fraction)
-    held_out += [True] * (len(good) - len(held_out))
-    return _Found(
-        records=[
-            Record(c.entry.file, number.get(c.entry.label, UNLABELLED), c.entry.text, val)
-            for c, val in zip(good, held_out, strict=True)
-        ],
-        classes=classes,
-        channels=1 if all(c.grey for c in good) else 3,
-        sizes=dict(Counter(f"{c.size[1]}x{c.size[0]}" for c in good).most_common(20)),
-        bad=[{"file": c.entry.file, "reason": c.fault} for c in bad],
-        hashes=[c.hash for c in good],
-        root=str(root.resolve()),
-        val_root=str(val_root.resolve()) if val_root else None,
-    )
-
-
-class _Checked(NamedTuple):
-    """A file after the image gate: its fault, or what it holds."""
-
-    entry: Entry
-    fault: str = ""
-    size: tuple[int, int] = (0, 0)
-    grey: bool = True
-    hash: str = ""
-
-
-def _check(root: Path, entries: list[Entry]) -> list[_Checked]:
-    """Decode every file once: only that finds the truncated ones before step 40,000 does."""
-
-    def check(entry: Entry) -> _Checked:
-        file = root / entry.file
-        try:
-            picture = load_image(file, channels=3, draft_size=512)
-        except UnreadableImage as error:
-            return _Checked(entry, fault=str(error))
-        return _Checked(entry, "", header_size(file), _is_grey(picture), checkpoint.sha256(file))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(check, entries), f"Reading {root}", len(entries), transient=True))
-
-
-def _is_grey(picture: Image.Image) -> bool:
-    rgb = np.asarray(picture)
-    return bool((rgb == rgb[..., :1]).all())
-
-
-def _held_out(names: list[str], fraction: float) -> list[bool]:
-    """Which names are held out: by hash, so that a new file never moves an old one; at least one, never all."""
-    score = [int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest(), "big") / 2**64 for n in names]
-    held = [s < fraction for s in score]
-    if len(names) > 1 and sum(held) in (0, len(names)):
-        lowest = score.index(min(score))
-        held = [i == lowest for i in range(len(names))]
-    return held
-
-
-def _refuse_many_bad(root: Path, bad: list[_Checked], total: int, allow_bad: bool) -> None:
-    if len(bad) == total:
-        raise UserError(f"SOURCE {root}: none of its {total} files can be read; first: {bad[0].fault}.")
-    if len(bad) > _BAD_SHARE * total and not allow_bad:
-        raise UserError(
-            f"SOURCE {root}: {len(bad)} of {total} files cannot be read, first {bad[0].fault}; "
-            "mend them, or give --allow-bad to leave them out."
-        )
-
-
-def _refuse_unknown_label(val_root: Path | None, val: list[_Checked], classes: list[str]) -> None:
-    known = set(classes)
-    for checked in val:
-        if checked.entry.label and checked.entry.label not in known:
-            raise UserError(
-                f"--val {val_root}: {checked.entry.file} has label {checked.entry.label!r}, which SOURCE does not have."
-            )
-
-
 def _refuse_contradiction(sheet: Sheet, settings: DataSettings, file: Path) -> None:
     asked = {
         "--image-size": settings.image_size and list(height_width(settings.image_size)),
@@ -311,8 +197,19 @@ def _shown(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _fingerprint(sheet: Sheet, hashes: list[str]) -> str:
+def _fingerprint(sheet: Sheet) -> str:
     """A hash of everything that decides what training sees: content, labels, captions, split and preparation."""
     law = [sheet.source if sheet.source in VARIATIONS else "folder", sheet.seed if not sheet.root else 0]
-    law += [sheet.image_size, sheet.fit, sheet.channels, hashes, sheet.records, list(sheet.classes)]
+    hashes, records = [r.sha256 for r in sheet.records if r.sha256], [r[:4] for r in sheet.records]
+    law += [sheet.image_size, sheet.fit, sheet.channels, hashes, records, list(sheet.classes)]
     return hashlib.sha256(json.dumps(law).encode()).hexdigest()
+
+
+def _json(content: dict) -> str:
+    """JSON to be read by people, but for names that are no text."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=1)
+    return text

@@ -14,10 +14,12 @@ from calotype import device
 from calotype.autoencoder import Vae, load_autoencoder, posterior
 from calotype.checkpoint import weights_hash, write_text
 from calotype.data import Pictures
+from calotype.data_change import changes, refuse_changed
 from calotype.errors import UserError
 from calotype.images import normalize
 from calotype.latents import VERSION, Index, Shards
 from calotype.lock import claimed
+from calotype.reading import BAD_SHARE
 from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage1_vae.config import EncodeSettings
 from calotype.stage1_vae.folding import ensure_quant_convs
@@ -30,12 +32,20 @@ def main(settings: EncodeSettings) -> None:
     size = vae.config.sample_size
     sheet = open_sheet(settings.source, settings, settings.seed, settings.out, str(size))
     refuse_flip(settings.flip, sheet)
+    _refuse_changed(sheet, settings)
     check_fits(vae, sheet.channels, tuple(sheet.image_size))
     if not isinstance(vae, VQModel):
         ensure_quant_convs(vae)
     device.choose_attention(vae)
     with claimed(settings.out):
         _write_cache(vae, sheet, settings)
+
+
+def _refuse_changed(sheet: Sheet, settings: EncodeSettings) -> None:
+    """A few pictures may have gone while stage 1 trained: a night's run must not end here for them."""
+    found = changes(sheet)
+    few = not found.added and not found.changed and len(found.missing) <= BAD_SHARE * len(sheet.records)
+    refuse_changed(sheet, allowed=settings.allow_data_change or few)
 
 
 def _write_cache(vae: Vae, sheet: Sheet, settings: EncodeSettings) -> None:
@@ -110,8 +120,11 @@ def _encode_split(vae: Vae, pictures: Pictures, split: str, settings: EncodeSett
         if not written.has(name):
             numbers = range(start, min(start + settings.shard_size, len(pictures)))
             moments = _encode(vae, pictures, numbers, settings)
-            captions = [pictures.records[i].text for i in numbers]
-            written.write(name, moments, pictures.labels[numbers.start : numbers.stop], captions)
+            used = [pictures.stand_ins.get(i, i) for i in numbers]  # with a neighbour's latent, its label and caption
+            captions = [pictures.records[i].text for i in used]
+            written.write(name, moments, pictures.labels[used], captions)
+    if pictures.gone:
+        print(f"{len(pictures.gone):,} {split} pictures can no longer be read; neighbours stand in for them.")
     return names
 
 
@@ -119,7 +132,8 @@ def _encode(vae: Vae, pictures: Pictures, numbers: range, settings: EncodeSettin
     found: list[dict[str, Tensor]] = []
     for i in range(numbers.start, numbers.stop, settings.batch_size):
         batch = torch.stack([pictures[j] for j in range(i, min(i + settings.batch_size, numbers.stop))])
-        pictures.refuse_gone()  # a neighbour in its place would bear the wrong label
+        if len(pictures.gone) > BAD_SHARE * len(pictures) and not (settings.allow_bad or settings.allow_data_change):
+            pictures.refuse_gone()
         x = normalize(batch.to(device.device()))
         with torch.no_grad(), device.autocast(settings.precision):
             moments = posterior(vae, x)

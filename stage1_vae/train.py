@@ -16,8 +16,11 @@ from calotype.autoencoder import Facts, write_facts
 from calotype.checkpoint import publish
 from calotype.config import PRESET_IMAGE_SIZE
 from calotype.data import Batch, PictureBatches, Pictures, evenly_spaced, micro_batches, share_of
+from calotype.data_change import refuse_changed
+from calotype.data_errors import DataErrors
 from calotype.images import normalize
 from calotype.randomness import normal
+from calotype.ranks import refuse_differences
 from calotype.sheet import Sheet, open_sheet, refuse_flip, summary
 from calotype.stage import Review
 from calotype.stage1_vae import folding, models, perceptual, start
@@ -69,7 +72,8 @@ class VaeStage:
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.optimizers = {"vae": self.optimizer.optimizer} | self._critics("optimizer")
         self.held_out = HeldOut(self, Pictures(sheet, "val"))
-        self.state: dict[str, dict[str, Any]] = {"diagnoses": self.diagnoses.state}
+        self.errors = DataErrors(self.pictures, accelerator)
+        self.state: dict[str, dict[str, Any]] = {"diagnoses": self.diagnoses.state, "data": self.errors.state}
         if self.adversary:
             self.state["adversary"] = self.adversary.state
 
@@ -99,7 +103,7 @@ class VaeStage:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Pictures of this process from `step` on."""
-        return self.batch_source.from_step(step, self.share, self.settings.workers)
+        return self.errors.watch(self.batch_source.from_step(step, self.share, self.settings.workers))
 
     # The step
 
@@ -208,14 +212,15 @@ class VaeStage:
 
     def validate(self) -> dict[str, float]:
         """Figures over held-out pictures, shared out over the processes."""
-        return self.held_out.figures()
+        return self.held_out.figures() | self.errors.figures()
 
     def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
         """Diagnoses, and what the guard of the adversarial phase says."""
         guard = self.adversary.review(figures, step, progress) if self.adversary else Review()
         if not (self.adversary and self.adversary.phase(step) == "playing"):
             figures = figures | {"discriminator_accuracy": 0.0}  # it is meant to win while it learns alone
-        return guard._replace(sentences=(*self.diagnoses.of(figures, progress), *guard.sentences))
+        sentences = (*self.diagnoses.of(figures, progress), *guard.sentences, *self.errors.sentences())
+        return guard._replace(sentences=sentences)
 
     def preview(self) -> Image.Image:
         """Held-out pictures above their reconstructions."""
@@ -279,9 +284,10 @@ class VaeStage:
 def main(settings: VaeSettings) -> None:
     """`calotype train-vae`."""
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
-    size = PRESET_IMAGE_SIZE[settings.preset]
-    sheet = open_sheet(settings.source, settings, settings.seed, settings.out, size)
+    sheet = open_sheet(settings.source, settings, settings.seed, settings.out, PRESET_IMAGE_SIZE[settings.preset])
     refuse_flip(settings.flip, sheet)
+    refuse_changed(sheet, allowed=settings.allow_data_change, say=accelerator.print)
+    refuse_differences(accelerator, settings, {"the data": sheet.fingerprint})
     accelerator.print(summary(sheet))
     stage = VaeStage(settings, sheet, accelerator)
     if accelerator.is_main_process:
