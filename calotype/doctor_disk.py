@@ -194,7 +194,7 @@ def names(place: Path) -> Iterator[Finding]:
     except (OSError, UnicodeError) as error:
         yield Finding("File names", "FAIL", f"{ascii(name)} is refused ({error})", "Set LC_ALL=C.UTF-8.")
         return
-    spoken = sys.stdout.encoding or "none"
+    spoken = getattr(sys.__stdout__, "encoding", None) or "utf-8"  # sys.stdout may be a status line's
     if not kept:
         yield Finding("File names", "note", "the file system changes the form of accented letters")
     elif spoken.lower().replace("-", "") != "utf8":

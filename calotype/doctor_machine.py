@@ -19,6 +19,7 @@ _SIDE = 512  # of the matrices
 _RIGHT = 0.02  # relative error of a product in bf16, whose numbers have 8 bits
 _TRIES = 5
 _LITTLE = 4 * _GB
+_NVIDIA = Path("/proc/driver/nvidia/version")
 _INSTALL_TORCH = "Install the torch build for this machine: https://pytorch.org/get-started/locally"
 
 
@@ -88,11 +89,11 @@ def _build() -> str:
     return f"torch {torch.__version__} {cuda or rocm or 'for CPUs'}"
 
 
-def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+def _driver() -> str:
     """The version of NVIDIA's kernel driver, or empty."""
-    if not file.is_file():
+    if not _NVIDIA.is_file():
         return ""
-    words = file.read_text(errors="replace").split()
+    words = _NVIDIA.read_text(errors="replace").split()
     return next((word for word in words if word.count(".") in (1, 2) and word.replace(".", "").isdigit()), "unknown")
 
 

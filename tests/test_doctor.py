@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from calotype import cli, doctor_disk, doctor_packages
+from calotype import cli, doctor_disk, doctor_machine, doctor_packages
 from calotype.doctor_drill import _verdict, differing
 from calotype.finding import examine
 
@@ -210,3 +210,42 @@ def test_runs_are_compared_bit_for_bit(tmp_path):
     assert _verdict("Kill and resume", "killed", off, on_cpu=False).verdict == "note"
     assert _verdict("Kill and resume", "killed", 100 * off, on_cpu=False).verdict == "FAIL"
     assert _verdict("Kill and resume", "killed", None, on_cpu=True).verdict == "pass"
+
+
+def test_a_card_that_torch_does_not_reach_is_found(tmp_path, monkeypatch):
+    version = tmp_path / "version"
+    version.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (builder@host)\n"
+        "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n"
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor_machine, "_NVIDIA", version)
+    finding = doctor_machine._without_gpu("The NVIDIA driver on your system is too old")
+    assert finding.verdict == "FAIL" and "driver 580.65.06" in finding.found and "too old" in finding.found
+    assert "pytorch.org/get-started" in finding.way_out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor_machine._without_gpu("").verdict == "note"  # hidden on purpose
+    version.unlink()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert doctor_machine._without_gpu("").verdict == "pass"
+
+
+def test_damaged_weights_on_disk_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert next(doctor_machine.weights()).verdict == "note"
+    file = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half of it")
+    finding = next(doctor_machine.weights())
+    assert finding.verdict == "FAIL" and str(file) in finding.found and str(file) in finding.way_out
+
+
+def test_a_product_of_matrices_shows_a_wrong_bf16(monkeypatch):
+    import torch
+
+    assert doctor_machine.precision().verdict in ("pass", "note")
+    right = torch.Tensor.bfloat16
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: right(x) * 1.1)
+    finding = doctor_machine.precision()
+    assert finding.verdict == "FAIL" and "--precision fp32" in finding.way_out
