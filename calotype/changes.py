@@ -76,19 +76,16 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged; put it back, or give --fresh to begin again.") from None
 
 
-def refuse_nothing_to_do(settings: Any, changes: dict[str, Changed], done: dict[str, Any]) -> None:
-    """Raise UserError where a finished run was given other settings and would not go on with them.
-
-    `done` holds the `steps` and the `seconds` that it took.
-    """
+def goes_further(settings: Any, done: dict[str, Any]) -> bool:
+    """Whether a finished run of that many `steps` and `seconds` has more to do with these settings."""
     shares = [done["steps"] / settings.length] if settings.length else []
     shares += [done["seconds"] / (60 * settings.max_minutes)] if settings.max_minutes else []
-    if max(shares, default=1.0) >= 1:
-        raise finished(settings.out, next(iter(changes.values())))
+    return max(shares, default=1.0) < 1
 
 
-def finished(out: Path, change: Changed) -> UserError:
-    """The refusal of a change that comes after the end."""
+def comes_too_late(out: Path, changes: dict[str, Changed]) -> UserError:
+    """The refusal of changes that come after the end."""
+    change = next(iter(changes.values()))
     return UserError(
         f"--out {out} is a finished run with {change.name} {_value(change.was)}, not {_value(change.now)}; give that "
         "value, more --steps or --max-minutes to go on, another --out, or --fresh to begin again."

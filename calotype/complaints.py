@@ -9,6 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 from tyro.conf import Positional
 
+from calotype.errors import one_line
+
 _MOST = 80  # characters of a value that are repeated
 _POSITIONAL = Positional[int].__metadata__[0]
 # What pydantic found -> what must be.
@@ -71,7 +73,7 @@ def describe(error: ValidationError, cls: type[BaseModel], only: set[str] | None
     for found in error.errors():
         name = str(found["loc"][0]) if found["loc"] else None
         if name is None:
-            return " ".join(found["msg"].removeprefix("Value error, ").split())
+            return one_line(found["msg"].removeprefix("Value error, "))
         if name in cls.model_fields and (only is None or name in only):
             return f"{called(cls, name)} {shown(found['input'])} {_must(found)}; {way_out(cls, name)}"
     return None
@@ -97,7 +99,7 @@ def about_words(cls: type[BaseModel], argv: list[str], prog: str, filled: dict[s
         return complaint
     placed, more = _placed(cls, loose)
     if more:
-        return f"{shown(more[0])} is one word too many; {prog} --help shows what goes where."
+        return f"{shown(more[0])} is one word too many; without a flag go {_places(cls)}."
     given |= placed
     try:
         cls.model_validate({name: example(cls, name) for name in cls.model_fields if is_required(cls, name)} | given)
@@ -166,6 +168,12 @@ def _placed(cls: type[BaseModel], loose: list[str]) -> tuple[dict[str, Any], lis
             found[name] = loose[:count] if _takes_many(cls, name) else loose[0]
             loose = loose[count:]
     return found, loose
+
+
+def _places(cls: type[BaseModel]) -> str:
+    """What is given without a flag."""
+    names = [called(cls, name) for name in cls.model_fields if is_positional(cls, name)]
+    return " ".join(names) or f"no words, but all behind one such as {called(cls, next(iter(cls.model_fields)))}"
 
 
 def _values(cls: type[BaseModel], name: str, words: list[str]) -> list[str]:

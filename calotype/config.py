@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -11,7 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
-from calotype.complaints import about_words, describe, empty_word, example, is_required, unknown_key
+from calotype.complaints import about_words, called, describe, empty_word, example, is_required, shown, unknown_key
 from calotype.errors import UserError
 
 Preset = Literal["tiny", "small", "base", "large"]
@@ -30,7 +31,7 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-_ONCE = {"fresh", "resume"}
+_ONCE = {"fresh", "resume", "allow_data_change"}
 _MARKERS = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 _TAIL = re.compile(r"(Argument helptext:|For full helptext|Perhaps you meant:\s*$).*")
@@ -56,6 +57,14 @@ class Settings(BaseModel):
             raise ValueError("--resume and --fresh exclude each other; give one of them.")
         return self
 
+    def refuse_idle(self, names: str, works: bool, way: str) -> None:
+        """Raise ValueError where one of these settings was given, and does nothing because `way` was not."""
+        for name in names.split():
+            if not works and getattr(self, name) != type(self).model_fields[name].default:
+                named = called(type(self), name)
+                value = "" if getattr(self, name) is True else f" {shown(getattr(self, name))}"
+                raise ValueError(f"{named}{value} does nothing without {way}; add that, or leave {named} out.")
+
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values, without what is said for one call only."""
         return self.model_dump(mode="json", exclude=_ONCE)
@@ -77,8 +86,31 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _val_is_a_folder_or_a_fraction(self) -> Self:
         fraction = fraction_of(self.val)
-        if fraction is not None and not 0 < fraction < 1:
+        if (fraction is not None and not 0 < fraction < 1) or self.val == "":
             raise ValueError(f"--val {self.val} must be a folder or a fraction between 0 and 1; try --val 0.05.")
+        return self
+
+    @model_validator(mode="after")
+    def _folders_apart(self) -> Self:
+        source, out = getattr(self, "source", None), getattr(self, "out", None)
+        if source is None or source in PROCEDURAL or not os.path.isdir(source):
+            return self
+        if out is not None and not out.suffix and _is_inside(out, source):
+            raise ValueError(f"--out {out} lies inside SOURCE {source}, among the pictures; give a folder outside.")
+        if self.val and fraction_of(self.val) is None:
+            if _is_inside(self.val, source):
+                raise ValueError(
+                    f"--val {self.val} lies inside SOURCE {source}, so it would be trained on; move it outside."
+                )
+            if _is_inside(source, self.val):
+                raise ValueError(f"--val {self.val} holds SOURCE {source}, which is trained on; give another folder.")
+        return self
+
+    @model_validator(mode="after")
+    def _words_have_no_mirror_image(self) -> Self:
+        source = getattr(self, "source", None)
+        if getattr(self, "flip", False) and source in PROCEDURAL:
+            raise ValueError(f"--flip: the pictures of {source} have captions, wrong for a mirror image; leave it out.")
         return self
 
 
@@ -114,6 +146,7 @@ class TrainSettings(Settings):
     validations: Allowed[Count] = Field(8, ge=1, description="validations and sample sheets over the run")
     log_every: Free[Steps] = Field(10, ge=1, description="steps whose mean makes one line of metrics.jsonl")
     trackers: Free[tuple[str, ...]] = Field((), description="accelerate trackers, such as tensorboard")
+    allow_data_change: Free[bool] = Field(False, description="go on although the pictures are not as they were")
     resume: Free[bool] = Field(False, description="insist that there is something to go on from")
     fresh: Free[bool] = Field(False, description="throw away what --out holds and begin again")
 
@@ -147,6 +180,12 @@ def fraction_of(val: str | None) -> float | None:
         return float(val or "")
     except ValueError:
         return None
+
+
+def _is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder or lies in it, whatever links there are; never raises."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def height_width(image_size: str) -> tuple[int, int]:

@@ -2,9 +2,17 @@
 
 import errno
 
+_LONGEST = 300  # characters of a word that are shown
+
 
 class UserError(ValueError):
     """A one-line message that names the flag or file, the value and the way out; the command line exits with 2."""
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal shows as it is: long names are cut, control characters are spelled out."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return " ".join(word if len(word) <= _LONGEST else f"{word[:_LONGEST]}…" for word in text.split())
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from calotype.changes import Changed, changes_since, refuse_nothing_to_do
+from calotype.changes import Changed, changes_since, comes_too_late, goes_further
 from calotype.checkpoint import write_text
 from calotype.config import Settings
 from calotype.errors import UserError
@@ -40,9 +40,23 @@ def _prepare(out: Path, settings: Settings, exports: tuple[str, ...]) -> dict[st
         return {}
     changes = changes_since(settings, config)
     if changes and finished.exists():
-        refuse_nothing_to_do(settings, changes, json.loads(finished.read_text()))
+        if not goes_further(settings, json.loads(finished.read_text())):
+            raise comes_too_late(out, changes)
         finished.unlink()
     return changes
+
+
+def refuse_other_identity(out: Path, then: dict[str, str], now: dict[str, str], allow_data_change: bool) -> None:
+    """Raise UserError if what a stage reads is not what the run began with; other data alone may be allowed."""
+    changed = [name for name, value in now.items() if then.get(name) != value]
+    if changed == ["the data"]:
+        if not allow_data_change:
+            raise UserError(
+                f"--out {out}: the data changed since this run began; put it back, give --allow-data-change to go on "
+                "with it as it is now, or --fresh to begin again."
+            )
+    elif changed:
+        raise UserError(f"--out {out}: {changed[0]} changed since this run began; restore it, or give --fresh.")
 
 
 def write_settings(settings: Settings) -> None:

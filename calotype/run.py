@@ -12,18 +12,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from calotype import __version__, cli
-from calotype.changes import changes_since
+from calotype.changes import Changed, changes_since, comes_too_late, goes_further
 from calotype.checkpoint import write_text
 from calotype.complaints import flag
 from calotype.config import PRESET_IMAGE_SIZE, height_width
+from calotype.data_change import holds_other_pictures
 from calotype.errors import UserError
 from calotype.lock import claimed
-from calotype.sheet import VARIATIONS, read_sheet, refuse_flip
+from calotype.sheet import Sheet, read_sheet, refuse_flip
 
 # Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
 _STAGE1_UNTIL, _STAGE2_UNTIL = 0.36, 0.92
-_SHARED = ("preset", "seed", "precision", "checkpoint_every", "batch_size", "lr", "steps")
+_SHARED = ("preset", "seed", "precision", "checkpoint_every", "batch_size", "lr", "steps", "allow_data_change")
 _MODULES = {"train-vae": "calotype.stage1_vae.train", "train-diffusion": "calotype.stage2_diffusion.train"}
+_COMMANDS = ("train-vae", "encode", "train-diffusion", "export", "evaluate")
 _OWN = ("stage1_vae", "latents", "stage2_diffusion", "pipeline", "metrics.json", "report.html", "run.json")
 
 
@@ -31,8 +33,10 @@ def main(settings) -> None:
     """Run every command that is not finished yet; interrupted and repeated, it goes on where it was."""
     out = settings.out
     config = out / "config.json"
+    changes: dict[str, Changed] = {}
     if config.exists() and not settings.fresh:
-        changes_since(settings, config)
+        changes = changes_since(settings, config)
+        _refuse_what_comes_too_late(settings, changes)
     elif settings.resume:
         raise UserError(f"--resume: {out} holds no run; leave the flag out to begin.")
     _refuse_strange_folder(out)
@@ -40,10 +44,13 @@ def main(settings) -> None:
     began = time.monotonic()
     with claimed(out) if out.exists() else nullcontext():  # a source that is refused leaves no folder behind
         _execute(data_command(settings), settings.nproc)
-        refuse_flip(settings.flip, read_sheet(out / "data.json"))
+        _refuse_what_the_pictures_lack(settings, read_sheet(out / "data.json"))
     with claimed(out):
         log = _begin(settings, config, time.monotonic() - began)
-        for name in ("train-vae", "encode", "train-diffusion", "export", "evaluate"):
+        log.accept(changes)
+        if settings.allow_data_change and holds_other_pictures(settings.out):
+            log.begin_again("encode", "export", "evaluate")
+        for name in _COMMANDS:
             log.run(name)
         _execute(["report", str(out)], 1)
     _tell(settings)
@@ -51,7 +58,7 @@ def main(settings) -> None:
 
 def data_command(settings) -> list[str]:
     """`calotype data` for these settings."""
-    names = ("fit", "channels", "val", "allow_bad", "seed", "fresh")
+    names = ("fit", "channels", "val", "allow_bad", "seed", "fresh", "allow_data_change")
     size = settings.image_size or PRESET_IMAGE_SIZE[settings.preset]
     return ["data", settings.source, "--image-size", size, *_flags(settings, names), "--out", str(settings.out)]
 
@@ -63,12 +70,15 @@ def command(name: str, settings, spent: float) -> list[str]:
     if name == "train-vae":
         names = (*_SHARED, "factor", "regularizer", "perceptual", "adversarial", "flip")
         if settings.vae:
-            own = ["--init", str(settings.vae), "--steps", "0", *_flags(settings, ("preset", "seed", "precision"))]
+            kept = ("preset", "seed", "precision", "allow_data_change")
+            own = ["--init", str(settings.vae), "--steps", "0", *_flags(settings, kept)]
         else:
             own = [*_flags(settings, names), *_minutes(settings, _STAGE1_UNTIL, spent)]
         return ["train-vae", sheet, *own, "--out", str(out / "stage1_vae")]
     if name == "encode":
-        return ["encode", sheet, "--vae", vae, *_flags(settings, ("flip", "precision")), "--out", latents]
+        own = [*_flags(settings, ("flip", "precision", "allow_bad", "allow_data_change"))]
+        own += ["--fresh"] if settings.allow_data_change and holds_other_pictures(settings.out) else []
+        return ["encode", sheet, "--vae", vae, *own, "--out", latents]
     if name == "train-diffusion":
         names = (*_SHARED, "condition", "objective")
         own = [*_flags(settings, names), *_minutes(settings, _STAGE2_UNTIL, spent)]
@@ -81,8 +91,35 @@ def command(name: str, settings, spent: float) -> list[str]:
 class Log:
     """run.json: the commands of a run, their time, and which are finished."""
 
-    def __init__(self, settings, entries: list[dict]):
-        self.settings, self.entries = settings, entries
+    def __init__(self, settings, entries: list[dict], changes: list[dict]):
+        self.settings, self.entries, self.changes = settings, entries, changes
+
+    @property
+    def finished(self) -> bool:
+        """Whether every command is."""
+        return {entry["name"] for entry in self.entries if entry["finished"]} >= set(_COMMANDS)
+
+    def accept(self, changes: dict[str, Changed]) -> None:
+        """Go on with other settings. What is finished stays; a whole run that is goes on with its second stage."""
+        if not changes:
+            return
+        if self.finished:
+            for entry in self.entries:
+                entry["finished"] = entry["name"] not in _COMMANDS[2:]
+        done = [entry["name"] for entry in self.entries if entry["finished"] and entry["name"] in _MODULES]
+        for change in changes.values():
+            print(f"run: {change} from here on{f'; {done[0]} is finished and stays' if done else ''}.")
+            self.changes.append({"setting": change.name, "was": change.was, "now": change.now, "finished": done})
+        self.write()
+        write_text(self.settings.out / "config.json", json.dumps(self.settings.to_json(), indent=1))
+
+    def begin_again(self, *names: str) -> None:
+        """Other pictures came in: what is trained to its end stays, these commands are not finished any more."""
+        for entry in self.entries:
+            entry["finished"] = entry["finished"] and entry["name"] not in names
+        done = [entry["name"] for entry in self.entries if entry["finished"] and entry["name"] in _MODULES]
+        print(f"run: other pictures from here on{f'; {done[-1]} is finished and stays' if done else ''}.")
+        self.write()
 
     def run(self, name: str) -> None:
         """Run a command unless it is finished; its share of the time is fixed when it first begins."""
@@ -112,8 +149,23 @@ class Log:
 
     def write(self) -> None:
         """Write run.json."""
-        text = json.dumps({"version": __version__, "commands": self.entries}, indent=1)
-        write_text(self.settings.out / "run.json", text)
+        text = {"version": __version__, "commands": self.entries}
+        text |= {"changes": self.changes} if self.changes else {}
+        write_text(self.settings.out / "run.json", json.dumps(text, indent=1))
+
+
+def _refuse_what_comes_too_late(settings, changes: dict[str, Changed]) -> None:
+    """A finished run may go on with more steps or minutes; any other change would do nothing."""
+    file = settings.out / "run.json"
+    if not (changes and file.exists()):
+        return
+    log = Log(settings, json.loads(file.read_text())["commands"], [])
+    if not log.finished:
+        return
+    spent = next(entry["spent"] for entry in log.entries if entry["name"] == "train-diffusion")
+    stage = cli.settings_of(command("train-diffusion", settings, spent))
+    if not goes_further(stage, json.loads((stage.out / "finished.json").read_text())):
+        raise comes_too_late(settings.out, changes)
 
 
 def _stage_seconds(out: Path, name: str) -> float:
@@ -131,9 +183,10 @@ def _begin(settings, config: Path, seconds: float) -> Log:
     if settings.fresh or not config.exists():
         write_text(config, json.dumps(settings.to_json(), indent=1))
     if (out / "run.json").exists():
-        return Log(settings, json.loads((out / "run.json").read_text())["commands"])
+        earlier = json.loads((out / "run.json").read_text())
+        return Log(settings, earlier["commands"], earlier.get("changes", []))
     data = {"name": "data", "command": _typed(data_command(settings)), "spent": 0.0, "finished": True}
-    return Log(settings, [data | {"seconds": round(seconds, 1)}])
+    return Log(settings, [data | {"seconds": round(seconds, 1)}], [])
 
 
 def _execute(argv: list[str], nproc: int) -> None:
@@ -142,7 +195,7 @@ def _execute(argv: list[str], nproc: int) -> None:
     if nproc == 1 or argv[0] not in _MODULES:
         cli.run(argv[0], argv[1:])
         return
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", _MODULES[argv[0]]]
+    launch = ["-m", "calotype.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", _MODULES[argv[0]]]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
     code = _launch([sys.executable, *launch, *argv[1:]], threads | os.environ)
     if code:
@@ -180,10 +233,6 @@ def _refuse_strange_folder(out: Path) -> None:
 
 def _refuse_what_cannot_work(settings) -> None:
     """Find what a later command would refuse before hours go by, and before anything is written."""
-    if settings.flip and settings.source in VARIATIONS:
-        raise UserError(
-            f"--flip: the pictures of {settings.source} have captions, wrong for a mirror image; leave it out."
-        )
     stages = [cli.settings_of(command(name, settings, 0.0)) for name in _MODULES]
     factor = _foreign_factor(settings) if settings.vae else stages[0].factor
     size = settings.image_size or PRESET_IMAGE_SIZE[settings.preset]
@@ -196,6 +245,24 @@ def _refuse_what_cannot_work(settings) -> None:
                 f"--batch-size {stage.batch_size} must be a multiple of --nproc {settings.nproc}; "
                 f"try {max(1, stage.batch_size // settings.nproc) * settings.nproc}."
             )
+
+
+def _refuse_what_the_pictures_lack(settings, sheet: Sheet) -> None:
+    """Find what stage 2 would refuse, before stage 1 is trained for it."""
+    refuse_flip(settings.flip, sheet)
+    kind, _, shrunk = (settings.condition or "none").partition(":")
+    if kind == "class" and not sheet.classes:
+        raise UserError(f"--condition class: the pictures of {settings.source} have no classes; give none or text.")
+    if kind == "text" and not sheet.captions:
+        raise UserError(
+            f"--condition text: no picture of {settings.source} has a caption; give them in metadata.jsonl, or as "
+            "x.txt beside x.jpg."
+        )
+    if kind == "superres" and min(sheet.image_size) < int(shrunk):
+        raise UserError(
+            f"--condition {settings.condition}: pictures of {'x'.join(map(str, sheet.image_size))} cannot be made so "
+            "much smaller; try superres:2."
+        )
 
 
 def _foreign_factor(settings) -> int:

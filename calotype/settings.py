@@ -16,13 +16,24 @@ Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
 
 class SheetSettings(DataSettings):
-    """Read a source once: what is there, what is unreadable, what is held out; writes data.json."""
+    """Read a source once: what is there, what is unreadable, what is held out; writes data.json.
+
+    `calotype data check FOLDER` only looks; a folder that is called check is ./check.
+    """
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, shapes:full or a folder of pictures")
     out: Path = Field(description="folder that gets data.json and manifest.jsonl")
     seed: Seed = Field(0, description="seed of a procedural source")
     preset: Preset = Field("tiny", description="gives --image-size where it is not given")
     fresh: bool = Field(False, description="read the source again even if its data sheet is there")
+    allow_data_change: bool = Field(False, description="read a source again that is not as its data sheet says")
+
+
+class CheckSettings(Settings):
+    """Look at every file of a folder: which a run could not read and why, links, classes, and a fingerprint."""
+
+    source: tyro.conf.Positional[Source] = Field(description="folder of pictures")
+    decode: bool = Field(False, description="decode every pixel, as a run does: finds damage in the middle of files")
 
 
 class RunSettings(DataSettings):
@@ -59,6 +70,9 @@ class RunSettings(DataSettings):
     )
     checkpoint_every: Free[Steps] = Field(500, ge=1, description="steps between checkpoints")
     nproc: Free[int] = Field(1, ge=1, le=1024, description="processes of both stages")
+    allow_data_change: Free[bool] = Field(
+        False, description="go on although the pictures are not as they were; they are read and encoded again"
+    )
     resume: Free[bool] = Field(False, description="insist that there is something to go on from")
     fresh: Free[bool] = Field(False, description="throw away what --out holds and begin again")
 
@@ -81,6 +95,11 @@ class ExportSettings(Settings):
     def _what_does_not_go_together(self) -> Self:
         if self.stock and (self.onnx or self.explorer or self.guide):
             raise ValueError("--stock holds what diffusers knows alone; leave --onnx, --explorer and --guide out.")
+        self.refuse_idle("ort download", self.explorer, "--explorer")
+        if self.ort is not None and self.download:
+            raise ValueError("--ort and --download exclude each other; give one of them.")
+        if self.explorer and self.verify:
+            raise ValueError("--verify compares drawings, which --explorer makes none of; leave one of them out.")
         if self.explorer and self.ort is None and not self.download:
             raise ValueError(
                 "--explorer needs onnxruntime-web; give --ort DIR with its npm package unpacked, or --download."
@@ -108,6 +127,16 @@ class EvaluateSettings(Settings):
     batch_size: Count = Field(64, ge=1, description="samples drawn at once")
     allow_download: bool = Field(False, description="fetch the weights of inception or dinov2 if they are not here")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+
+    @model_validator(mode="after")
+    def _either_drawn_or_there(self) -> Self:
+        for name in ("steps", "guidance", "sampler"):
+            if self.samples is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is about drawing, and --samples {self.samples} is drawn already; "
+                    "leave one of them out."
+                )
+        return self
 
 
 class ReportSettings(Settings):

@@ -1,5 +1,7 @@
 """Settings of stage 1 and of the latent cache."""
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -7,8 +9,33 @@ import tyro
 from pydantic import BeforeValidator, Field, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
-from calotype.config import Count, DataSettings, Maybe, Rate, Seed, Settings, Steps, TrainSettings, Weight, fraction_of
+from calotype.config import (
+    Count,
+    DataSettings,
+    Maybe,
+    Rate,
+    Seed,
+    Settings,
+    Steps,
+    TrainSettings,
+    Weight,
+    fraction_of,
+    height_width,
+)
 from calotype.settings import Source
+
+_MOST_CODES = 2**18
+_CORRUPTIONS = {"gaussian": 10, "mask": 1, "salt": 1}  # the most of each
+
+
+def refuse_uneven(image_size: str, factor: int) -> None:
+    """Raise ValueError where a side of the pictures is no multiple of the factor."""
+    sides = height_width(image_size)
+    if any(side % factor for side in sides):
+        near = "x".join(str(max(factor, side // factor * factor)) for side in sides)
+        raise ValueError(
+            f"--image-size {image_size} must be a multiple of {factor}, the autoencoder's --factor; try {near}."
+        )
 
 
 class VaeSettings(TrainSettings, DataSettings):
@@ -103,6 +130,67 @@ class VaeSettings(TrainSettings, DataSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levels_are_few_enough(self) -> Self:
+        levels = self.fsq_levels
+        if min(levels) < 2 or math.prod(levels) > _MOST_CODES:
+            raise ValueError(
+                f"--levels {self.levels} must be 2 or more each, with at most {_MOST_CODES:,} combinations; "
+                "try 8,5,5,5."
+            )
+        if self.regularizer == "fsq" and self.latent_dim not in (None, len(levels)):
+            raise ValueError(
+                f"--latent-dim {self.latent_dim} and --levels {self.levels} differ in number; give as many levels as "
+                "numbers."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corruption_is_known(self) -> Self:
+        if self.corruption is None:
+            return self
+        kind, _, amount = self.corruption.partition(":")
+        share = fraction_of(amount)
+        if share is None or not 0 < share <= _CORRUPTIONS.get(kind, 0):
+            raise ValueError(
+                f"--corruption {self.corruption} must be gaussian:STD, mask:SHARE or salt:SHARE; try gaussian:0.3."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_given_for_nothing(self) -> Self:
+        kind = self.regularizer
+        posterior = kind in ("kl", "tc")
+        self.refuse_idle("gamma", kind == "tc", "--regularizer tc")
+        self.refuse_idle("levels", kind == "fsq", "--regularizer fsq")
+        self.refuse_idle("codebook", kind == "vq" and not self.init, "--regularizer vq (and without --init)")
+        self.refuse_idle("commitment", kind == "vq" or self.init is not None, "--regularizer vq")
+        self.refuse_idle("beta beta_warmup free_bits posterior_std learn_variance", posterior, "--regularizer kl or tc")
+        self.refuse_idle("free_bits_per_sample", self.free_bits > 0, "--free-bits")
+        self.refuse_idle("likelihood_scale", self.bound, "--likelihood or --beta")
+        self.refuse_idle("perceptual_weight", self.perceptual != "none", "--perceptual")
+        self.refuse_idle("latent_dim", self.init is None, "a new autoencoder (--init brings its own)")
+        return self
+
+    @model_validator(mode="after")
+    def _black_and_white_has_no_scale(self) -> Self:
+        if self.likelihood == "bernoulli" and self.likelihood_scale is not None:
+            raise ValueError(
+                f"--likelihood-scale {self.likelihood_scale}: --likelihood bernoulli has none; leave one of them out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sides_shrink_evenly(self) -> Self:
+        if self.image_size and self.init is None and self.latent_dim is None:
+            refuse_uneven(self.image_size, self.factor)
+        return self
+
+    @property
+    def fsq_levels(self) -> tuple[int, ...]:
+        """`8,5,5,5` as numbers."""
+        return tuple(map(int, self.levels.split(",")))
+
     @property
     def bound(self) -> bool:
         """Whether the loss is a bound on log p(x) in nats rather than an error with a weak pull on the latents."""
@@ -132,7 +220,14 @@ class EncodeSettings(DataSettings):
     shard_size: int = Field(16_384, ge=1, le=10**7, description="pictures in one shard")
     seed: Seed = Field(0, description="seed of a procedural source")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+    allow_data_change: bool = Field(False, description="encode although the pictures are not as the data sheet says")
     fresh: bool = Field(False, description="encode again even if the cache is complete")
+
+    @model_validator(mode="after")
+    def _folders_of_their_own(self) -> Self:
+        if os.path.isfile(self.out / "config.json"):
+            raise ValueError(f"--out {self.out} holds a model or a run; give the latents a folder of their own.")
+        return self
 
 
 class EmbedSettings(DataSettings):

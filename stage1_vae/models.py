@@ -61,7 +61,7 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
 
 def _regularizer(settings: VaeSettings, vae: Vae) -> nn.Module:
     if settings.regularizer == "fsq" and not settings.init:
-        return FiniteScalar(vae.quantize.embedding, fsq_levels(settings))
+        return FiniteScalar(vae.quantize.embedding, settings.fsq_levels)
     if isinstance(vae, VQModel):
         return VectorQuantization(vae.quantize.embedding)
     if settings.regularizer == "none":
@@ -116,7 +116,7 @@ def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
         force_upcast=False,
     )
     if settings.regularizer in ("vq", "fsq"):
-        codes = settings.codebook if settings.regularizer == "vq" else math.prod(fsq_levels(settings))
+        codes = settings.codebook if settings.regularizer == "vq" else math.prod(settings.fsq_levels)
         return VQModel(**common, num_vq_embeddings=codes, vq_embed_dim=latent_channels)
     return AutoencoderKL(**common)
 
@@ -124,7 +124,7 @@ def _fresh(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Vae:
 def _bottleneck(settings: VaeSettings, size: tuple[int, int]) -> tuple[int, int]:
     """How far the sides shrink, and the channels of the latent; a code of 1x1 takes the next power of two."""
     if settings.latent_dim is None:
-        levels = fsq_levels(settings)
+        levels = settings.fsq_levels
         return settings.factor, len(levels) if settings.regularizer == "fsq" else settings.latent_channels
     if size[0] != size[1]:
         raise UserError(
@@ -132,14 +132,6 @@ def _bottleneck(settings: VaeSettings, size: tuple[int, int]) -> tuple[int, int]
             f"with --image-size {max(size)} --fit pad."
         )
     return 1 << (size[0] - 1).bit_length(), settings.latent_dim
-
-
-def fsq_levels(settings: VaeSettings) -> tuple[int, ...]:
-    """`--levels 8,5,5,5` as numbers; raises UserError."""
-    levels = tuple(int(word) for word in settings.levels.split(","))
-    if min(levels) < 2 or math.prod(levels) > 2**18:
-        raise UserError(f"--levels {settings.levels} must be 2 or more each, with at most 262,144 combinations.")
-    return levels
 
 
 def _groups(width: int) -> int:

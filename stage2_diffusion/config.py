@@ -1,5 +1,6 @@
 """Settings of stage 2."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -59,11 +60,11 @@ class DiffusionSettings(TrainSettings):
     )
     time_mean: Fixed[float] = Field(
         0.0,
-        ge=-100,
-        le=100,
+        ge=-10,
+        le=10,
         description="of the normal number whose sigmoid is a logit-normal time; above 0 is nearer noise",
     )
-    time_std: Fixed[float] = Field(1.0, gt=0, le=100, description="its deviation")
+    time_std: Fixed[float] = Field(1.0, gt=0, le=10, description="its deviation")
     weighting: Fixed[Literal["none", "min-snr", "edm", "uncertainty"]] = Field(
         "none", description="of the errors, by time"
     )
@@ -92,7 +93,22 @@ class DiffusionSettings(TrainSettings):
                 f"--zero-terminal-snr: pure noise tells an {self.objective} network nothing; give --objective v."
             )
         if self.text_encoder and self.condition != "text":
-            raise ValueError(f"--text-encoder {self.text_encoder} needs --condition text.")
+            raise ValueError(f"--text-encoder {self.text_encoder} needs --condition text; add that, or leave it out.")
+        if os.path.isfile(self.out / "index.json"):
+            raise ValueError(f"--out {self.out} holds latents; give the model a folder of its own.")
+        own_encoder = self.condition == "text" and not self.text_encoder
+        self.refuse_idle("text_width text_layers", own_encoder, "--condition text (or with --text-encoder)")
+        self.refuse_idle("time_std", self.time_density == "logit-normal", "--density logit-normal")
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_has_something_to_guide_by(self) -> Self:
+        if self.guidance not in (None, 1) and self.condition == "none":
+            raise ValueError(f"--guidance {self.guidance}: a model of --condition none has none; leave it out.")
+        if self.guidance not in (None, 1) and self.label_dropout == 0:
+            raise ValueError(
+                f"--guidance {self.guidance} needs a network that also saw no label; give --label-dropout above 0."
+            )
         return self
 
     @property
@@ -108,3 +124,9 @@ class PosthocEmaSettings(Settings):
     width: float = Field(gt=0, lt=0.28, description="relative width of the average (EDM2's sigma_rel)")
     until: Maybe[Steps] = Field(None, ge=1, description="after this step, for an earlier model (--guide of export)")
     out: Maybe[Path] = Field(None, description="folder of the weights (default: in place of the exported ones)")
+
+    @model_validator(mode="after")
+    def _an_earlier_model_lies_elsewhere(self) -> Self:
+        if self.until is not None and self.out is None:
+            raise ValueError(f"--until {self.until} makes an earlier model; give it an --out of its own.")
+        return self

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
 from calotype.config import Maybe, Rate, Steps, TrainSettings
@@ -48,6 +48,15 @@ class DistillSettings(TrainSettings):
         None, ge=4, le=4096, description="its channels (default: the autoencoder's first level)"
     )
     decoder_lr: Allowed[Rate] = Field(6e-3, description="its peak learning rate")
+
+    @model_validator(mode="after")
+    def _fewer_steps_than_the_teacher(self) -> Self:
+        if self.student_steps > self.teacher_steps:
+            raise ValueError(
+                f"--student-steps {self.student_steps} must not be more than --teacher-steps {self.teacher_steps}; "
+                "try 4 and 24."
+            )
+        return self
 
     @property
     def folder(self) -> Path:

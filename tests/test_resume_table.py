@@ -108,7 +108,7 @@ def test_the_table_is_as_it_was_decided():
     kinds = {kind: {name for (_, name), found in TABLE.items() if found is kind} for kind in Change}
     assert kinds[Change.FREE] == set(
         "out source run latents vae data text_encoder resume fresh checkpoint_every keep_checkpoints log_every workers "
-        "trackers allow_bad allow_download nproc student_steps".split()
+        "trackers allow_bad allow_data_change allow_download nproc student_steps".split()
     )
     assert kinds[Change.ALLOWED] == set(
         "preset steps max_minutes micro_batches lr lr_schedule warmup_steps weight_decay clip precision validations "

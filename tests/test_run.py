@@ -67,7 +67,7 @@ def test_a_finished_run_with_other_settings_is_refused_and_left_as_it_was(pictur
     before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
     assert cli.main(command(pictures, whole, "--objective", "v")) == 2
     message = capsys.readouterr().err
-    assert "--objective None, not v" in message and "--fresh" in message and message.count("\n") == 1
+    assert "--objective by default, not v" in message and "--fresh" in message and message.count("\n") == 1
     assert {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()} == before
 
 
