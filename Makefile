@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test reliability browser lint format clean
+.PHONY: quickstart test reliability audit browser lint format clean
 
 # A model of coloured shapes in a few minutes on a CPU; then says where everything is and what to type next.
 quickstart: .venv/installed
@@ -13,6 +13,10 @@ test: .venv/installed-dev browser
 # What goes wrong on purpose: kills, power loss, hostile files, fuzzed requests; `RELIABILITY=--nightly` for full sizes.
 reliability: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m reliability $(RELIABILITY)
+
+# Known security holes in what is installed; says SKIPPED where no database can be asked, fails where one knows of any.
+audit: .venv/installed-dev
+	$(BIN)/python .ci/audit.py
 
 # Debian's Chromium for the tests of the demo, where it is missing and may be installed; without it they are skipped.
 browser:
@@ -33,6 +37,7 @@ format: .venv/installed-dev
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Calotype needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
