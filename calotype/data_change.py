@@ -1,5 +1,6 @@
 """Whether a folder is still what its data sheet says: a run must not go on with other pictures unnoticed."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,15 @@ def changes(sheet) -> Changes:
             for names, more in zip(found, some, strict=True):
                 names += more
     return found
+
+
+def holds_other_pictures(run: Path) -> bool:
+    """Whether the latents of a run are of other pictures than its data sheet names."""
+    try:
+        sheet, latents = (json.loads((run / name).read_text()) for name in ("data.json", "latents/encoding.json"))
+        return sheet["fingerprint"] != latents["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return False  # not both are there: the commands that need them will say so
 
 
 def _known(sheet, root: str, is_val: bool) -> dict[str, _Known]:
