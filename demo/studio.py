@@ -148,7 +148,7 @@ class Studio:
         """Whether guidance makes a difference."""
         return self.pipe.condition == "text" or bool(self.pipe.labels) or self.pipe.guide is not None
 
-    @property
+    @cached_property
     def model(self) -> str:
         """The first digits of the weights' hash, as `calotype generate` writes it; empty where nothing was saved."""
         return self.about["unet"]["model"]

@@ -201,7 +201,7 @@ def test_generate_refuses_with_one_line(finished, tmp_path, capsys):
     assert f"MODEL {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert generate(finished, tmp_path / "x", "-n", 2, "--seed", 2**63 - 1) == 2
-    assert "--seed 9223372036854775807 leaves no room for 2 pictures" in capsys.readouterr().err
+    assert "--seed 9223372036854775807 leaves no room for" in capsys.readouterr().err
     theirs = tmp_path / "y" / "00000000.png"
     theirs.parent.mkdir()
     Image.new("L", (3, 3)).save(theirs)
