@@ -19,10 +19,17 @@ class PowerEma:
         self.gamma = gamma_of_width(width)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step number `step` (counted from 1)."""
+    def update(self, model: nn.Module, step: int, good: Tensor | None = None) -> None:
+        """Take in the weights after optimiser step number `step` (counted from 1), unless `good` (a boolean) is false.
+
+        A step that was left out changes no bit of the average; nobody waits for the device to know which it was.
+        """
         weight = 1 - (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        ours, theirs = list(self.model.parameters()), list(model.parameters())
+        if good is None:
+            torch._foreach_lerp_(ours, theirs, weight)
+        else:
+            torch._foreach_lerp_(ours, theirs, [(weight * good).float()] * len(ours))
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
 

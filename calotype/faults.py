@@ -1,15 +1,28 @@
 """Where NaN or Inf first came from: the step is taken once more, without changing anything, and watched."""
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from calotype.data import Batch, PictureBatches
+from calotype.stage import Stage
 
-def locate(stage, step: int) -> str:
-    """The start of a sentence that names the first module, or the first gradient, that was not finite at `step`."""
-    found: list[str] = []
+_NAMED = 3  # examples that are named one by one
+
+
+class Found(NamedTuple):
+    """A module whose output was not finite, and the rows of it that were not."""
+
+    module: str
+    rows: list[int]
+    of: int
+
+
+def locate(stage: Stage, step: int) -> str:
+    """The start of a sentence: the first module, or gradient, that was not finite at `step`, and which examples."""
+    found: list[Found] = []
     late: list[str] = []
     batch = next(stage.batches(step))
     with ExitStack() as hooks:
@@ -26,18 +39,40 @@ def locate(stage, step: int) -> str:
         late.append(gradient)
     stage.forget()
     if found:
-        return f"NaN or Inf at step {step} first came out of {found[0]}"
+        return f"NaN or Inf at step {step} first came out of {found[0].module} ({_examples(stage, batch, found[0])})"
     if late:
-        return f"NaN or Inf at step {step} came up in the backward pass, in the gradient of {late[0]}"
+        where = f"in the gradient of {late[0]} ({_examples(stage, batch)})"
+        return f"NaN or Inf at step {step} came up in the backward pass, {where}"
     return f"NaN or Inf at step {step} did not come back when the step was repeated"
 
 
-def _watch(name: str, found: list[str]):
+def _examples(stage: Stage, batch: Batch, found: Found | None = None) -> str:
+    """The examples that may be at fault, by position; a few of them by the name of their picture or latent too."""
+    size = len(batch.x)
+    if found is None or found.of != size or len(found.rows) == size:  # one of several parts, or all of them
+        return f"examples {batch.start} to {batch.start + size - 1}"
+    names = [_name(stage, batch, row) for row in found.rows[:_NAMED]]
+    more = len(found.rows) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _name(stage: Stage, batch: Batch, row: int) -> str:
+    source, position = getattr(stage, "batch_source", None), batch.start + row
+    if isinstance(source, PictureBatches):
+        return f"example {position}, {source.pictures.records[source.order.index(position)].file}"
+    return f"example {position}" if batch.item is None else f"example {position}, latent {int(batch.item[row])}"
+
+
+def _watch(name: str, found: list[Found]):
     """A hook that notes the module if its output is the first that is not finite; inner modules end before outer."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not found and not all(bool(tensor.isfinite().all()) for tensor in _tensors(output)):
-            found.append(name)
+        for tensor in _tensors(output) if not found else ():
+            bad = ~tensor.isfinite()
+            if bad.any():
+                rows = bad.flatten(1).any(1) if bad.ndim > 1 else bad.reshape(-1)
+                found.append(Found(name, rows.nonzero().flatten().tolist(), len(rows)))
+                return
 
     return hook
 

@@ -61,7 +61,7 @@ class StudentStage:
         self.teacher = Teacher(run.stage2, self.condition, settings.guidance)
         objective = Objective(self.trained)
         self.consistency, self.sampler = Consistency(objective, settings.teacher_steps), few_step_sampler(objective)
-        self.identity = {"the teacher": self.teacher.hash, "the latent cache": self.cache.index.fingerprint}
+        self.identity = {"the teacher": self.teacher.hash, "the data": self.cache.index.fingerprint}
         self.net = self.teacher.network()
         self.teacher.net.to(accelerator.device)
         optimizer = loop.make_optimizer(self.net, settings, settings.lr)
@@ -85,7 +85,7 @@ class StudentStage:
         """One optimiser step on latents (B, c, h, w)."""
         figures = backward_that_fits(self, batch, step)
         norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
-        self.ema.update(self.net.unet, step + 1)
+        self.ema.update(self.net.unet, step + 1, norm.isfinite())
         self.slow.update(self.net.unet)
         return figures | {"gradient_norm": norm.detach()}
 

@@ -67,7 +67,7 @@ class DecoderStage:
         self.pictures = {split: Pictures(sheet, split) for split in ("train", "val")}
         index = self.cache.index
         self.size = tuple(index.image_size)
-        self.identity = {"the latent cache": f"{index.fingerprint}/{index.vae}"}
+        self.identity = {"the autoencoder": index.vae, "the data": index.fingerprint}
         self.net = build(self.vae, index.shape[0], settings.decoder_width, settings.seed)
         self.net = self.net.to(memory_format=torch.channels_last)  # a third less time on a CPU
         self.net.encoder.requires_grad_(False)
@@ -86,7 +86,7 @@ class DecoderStage:
         """One optimiser step on latents (B, c, h, w)."""
         figures = backward_that_fits(self, batch, step)
         norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
-        self.ema.update(self.net.decoder, step + 1)
+        self.ema.update(self.net.decoder, step + 1, norm.isfinite())
         return figures | {"gradient_norm": norm.detach()}
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:

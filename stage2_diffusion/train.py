@@ -22,11 +22,13 @@ from calotype.latents import LatentBatches, LatentCache
 from calotype.memory import backward_that_fits
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.randomness import normal, uniform
+from calotype.ranks import refuse_differences
 from calotype.sheet import Sheet, read_sheet
 from calotype.stage import Review
 from calotype.stage2_diffusion import conditioning, models, text
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.denoiser import Denoiser, Uncertainty
+from calotype.stage2_diffusion.diagnoses import Diagnoses, Zero, refuse_strange_latents
 from calotype.stage2_diffusion.objectives import Objective
 from calotype.stage2_diffusion.preview import Watch, sample_sheet
 
@@ -46,6 +48,7 @@ class DiffusionStage:
         self.settings, self.accelerator = settings, accelerator
         self.share = share_of(accelerator, settings.batch_size, settings.micro_batches)
         self.cache, self.held_out = LatentCache(settings.latents, "train"), LatentCache(settings.latents, "val")
+        refuse_strange_latents(self.cache, settings.latents)
         self.vae = _vae_loader(vae_folder, accelerator.device)
         self.condition = conditioning.build(settings, self.cache, self.held_out, self._sheet, self.vae)
         self.class_names = self.condition.class_names
@@ -60,7 +63,9 @@ class DiffusionStage:
         self.ema, self.wide = self._tracks()
         self.averages = self.ema | {f"{name}_wide": ema for name, ema in self.wide.items()}
         self.averaged = self._averaged()
-        self.state: dict[str, dict[str, Any]] = {"memory": {"parts": settings.micro_batches}}
+        self.diagnoses = Diagnoses(lambda: self.error_of_zero)
+        memory = {"parts": settings.micro_batches}
+        self.state: dict[str, dict[str, Any]] = {"memory": memory, "diagnoses": self.diagnoses.state}
 
     def _denoiser(self) -> Denoiser:
         encoder = self.condition.text_encoder
@@ -77,7 +82,11 @@ class DiffusionStage:
     def _identity(self) -> dict[str, str]:
         """Hashes of what the stage reads; a frozen text encoder is no part of a checkpoint."""
         index, folder = self.cache.index, self.settings.text_encoder
-        found = {"the latent cache": f"{index.fingerprint}/{index.vae}"}
+        found = {
+            "the autoencoder": index.vae,
+            "the classes": json.dumps(self.class_names),
+            "the data": index.fingerprint,
+        }
         return found | ({"the text encoder": weights_hash(folder)} if folder else {})
 
     def _tracks(self) -> tuple[dict[str, PowerEma], dict[str, PowerEma]]:
@@ -103,12 +112,12 @@ class DiffusionStage:
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on latents (B, c, h, w)."""
         figures = backward_that_fits(self, batch, step)
-        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip)
+        norm = loop.update(self.accelerator, self.wrapped, self.optimizer, self.settings.clip).detach()
         for name, part in self.models.items():
             for track in (self.ema, self.wide):
                 if name in track:
-                    track[name].update(part, step + 1)
-        return figures | {"gradient_norm": norm.detach()}
+                    track[name].update(part, step + 1, norm.isfinite())
+        return figures | {"gradient_norm": norm}
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The gradients of a step, and its loss as a mean over this process's latents."""
@@ -164,10 +173,18 @@ class DiffusionStage:
         return Watch(self.condition, self.held_out, self.vae(), settings.kid_samples, settings.precision)
 
     def review(self, figures: dict[str, float], step: int, progress: float) -> Review:
-        """Nothing to say; but this is when the averages are kept for other lengths."""
+        """Diagnoses; and this is when the averages are kept for other lengths."""
         if self.wide and self.accelerator.is_main_process:
             posthoc.write_snapshot(self.settings.out / "ema", step, [self.ema, self.wide])
-        return Review()
+        return Review(self.diagnoses.of(figures, step, progress))
+
+    @cached_property
+    def error_of_zero(self) -> float:
+        """The mean error on held-out latents of a network that always answers zero."""
+        items = evenly_spaced(len(self.held_out), _VALIDATION_LATENTS)
+        parts = (self._held_out_batch(items[start : start + 64], start) for start in range(0, len(items), 64))
+        errors = [self.objective.errors(Zero(), part.x, None, *self._noise(part, "validation")) for part in parts]
+        return torch.cat(errors).mean().item()
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
@@ -271,6 +288,7 @@ def main(settings: DiffusionSettings) -> None:
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
     cache = LatentCache(settings.latents, "train")
     vae_folder = find_autoencoder(settings, cache.index.vae)
+    refuse_differences(accelerator, settings, {"the latents": cache.index.fingerprint + cache.index.vae})
     accelerator.print(f"{len(cache):,} latents of shape {'x'.join(map(str, cache.index.shape))}.")
     loop.fit(DiffusionStage(settings, vae_folder, accelerator), settings, accelerator)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from calotype import checkpoint, cli, loop
+from calotype import checkpoint, cli, loop, updates
 from calotype.device import accelerator
 from calotype.faults import locate
 from calotype.sheet import read_sheet
@@ -76,6 +76,7 @@ def middle_of_decoder(stage):
 def everything(stage):
     """All that is learnt or averaged, and the state of the optimisers; copies."""
     parts = {name: module.state_dict() for name, module in stage.models.items()}
+    parts |= {f"{name} average": average.state_dict() for name, average in stage.averages.items()}
     parts |= {f"{name} optimizer": checkpoint.optimizer_tensors(o) for name, o in stage.optimizers.items()}
     return {f"{part}/{name}": tensor.clone() for part, tensors in parts.items() for name, tensor in tensors.items()}
 
@@ -133,9 +134,10 @@ def test_a_unet_is_left_alone_too(finished, monkeypatch, broken):
 @pytest.mark.parametrize("kind", ["sgd", "fused", "plain"])  # AdamW is not fused on MPS
 def test_an_update_leaves_an_optimizer_as_it_is(kind, monkeypatch):
     if kind == "plain":
-        monkeypatch.setattr(loop, "best_device", lambda: torch.device("mps"))
+        monkeypatch.setattr(updates, "best_device", lambda: torch.device("mps"))
     one = accelerator("fp32")
-    settings = VaeSettings(source="", out="", optimizer="sgd" if kind == "sgd" else "adamw", weight_decay=0.1)
+    law = {"optimizer": "sgd"} if kind == "sgd" else {"weight_decay": 0.1}
+    settings = VaeSettings(source="", out="", **law)
 
     def model_after(factors):
         torch.manual_seed(0)
@@ -180,7 +182,7 @@ FORWARD = [
 def test_the_module_is_named_and_the_run_goes_on(finished, tmp_path, monkeypatch, capsys, module_of, name):
     break_forward(monkeypatch, module_of, {3})
     assert cli.main(words(finished, tmp_path / "run")) == 0
-    sentence = f"NaN or Inf at step 3 first came out of {name}; the step was left out."
+    sentence = f"NaN or Inf at step 3 first came out of {name} (examples 24 to 31); the step was left out."
     assert said(tmp_path / "run") == {4: sentence}
     assert sentence in capsys.readouterr().out
     assert sorted(column(tmp_path / "run", "loss[train]")) == [1, 2, 3, 5, 6, 7, 8]
@@ -209,7 +211,7 @@ def test_the_gradient_nearest_to_the_loss_is_named(finished, monkeypatch, module
     break_backward(monkeypatch, module_of, {0})
     sentence = locate(stage, 0)
     found = sentence.removeprefix("NaN or Inf at step 0 came up in the backward pass, in the gradient of ")
-    assert found in (f"{name}.weight", f"{name}.bias")
+    assert found in (f"{name}.weight (examples 0 to 7)", f"{name}.bias (examples 0 to 7)")
     assert all(p.grad is None for p in stage.model.parameters())
 
 
@@ -254,7 +256,7 @@ def test_a_fault_of_stage_2_is_named_and_the_run_goes_on(finished, tmp_path, mon
     more = ["--steps", "6", "--sampler-steps", "2", "--batch-size", "8", "--precision", "fp32", "--log-every", "1"]
     assert cli.main(["train-diffusion", *source, *more, "--validations", "1", "--out", str(tmp_path / "run")]) == 0
     (sentence,) = said(tmp_path / "run").values()
-    assert sentence.startswith("NaN or Inf at step 3 first came out of unet.mid_block.resnets.0.conv1;")
+    assert sentence.startswith("NaN or Inf at step 3 first came out of unet.mid_block.resnets.0.conv1 (examples 24")
     assert sorted(column(tmp_path / "run", "loss[train]")) == [1, 2, 3, 5, 6]
 
 
