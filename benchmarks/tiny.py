@@ -5,12 +5,14 @@ from pathlib import Path
 from calotype import shapes
 
 COUNT = 96
+_GAN = "--perceptual features --adversarial 0.5 --adversarial-start 0.2 --adversarial-pretraining 5".split()
 MEMBERS = {  # flags of stage 1, each with something of its own to keep equal
     "kl": ["--regularizer", "kl"],
     "vq": ["--regularizer", "vq"],
     "fsq": ["--regularizer", "fsq", "--levels", "5,4"],
     "tc": ["--regularizer", "tc", "--gamma", "10"],
-    "gan": "--perceptual features --adversarial 0.5 --adversarial-start 0.2 --adversarial-pretraining 5".split(),
+    "gan": _GAN,
+    "vqgan": ["--regularizer", "vq", *_GAN],
 }
 CONDITIONS = {  # flags of stage 2
     "class": [],
