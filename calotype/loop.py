@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from calotype import checkpoint
 from calotype.changes import Changed
 from calotype.config import TrainSettings
+from calotype.disk import unless_full
 from calotype.errors import UserError
 from calotype.guards import Back, Guard, Window, read
 from calotype.lock import claimed
 from calotype.pace import Interruption, Pace, learning_rate_factor
-from calotype.resume import prepare, take_over, write_settings
 from calotype.ranks import refuse_drift
+from calotype.resume import prepare, refuse_other_identity, take_over, write_settings
 from calotype.stage import Stage
 from calotype.tracking import Journal, ProgressLine
 from calotype.updates import make_optimizer as make_optimizer
@@ -69,13 +71,15 @@ class Run:
                     self._log()
                 if math.floor(progress * self.settings.validations) > math.floor(before * self.settings.validations):
                     self._validate(progress)
-                stop = self._told_to_stop(interruption)
-                if stop or self.at_step % self.settings.checkpoint_every == 0:
-                    self._save()
+                stop, asked = self._told(interruption)
+                if stop or asked or self.at_step % self.settings.checkpoint_every == 0:
+                    self._save(last=stop)
                 if stop:
                     self.line.close()
                     raise SystemExit(interruption.exit_code)
-        self._finish()
+            self._finish()
+            if interruption.received:  # what was almost done is done; who asked hears what was asked for
+                raise SystemExit(interruption.exit_code)
 
     def _restore(self) -> tuple[int, float]:
         """Load the newest good checkpoint; returns its step and the seconds already spent."""
@@ -85,9 +89,7 @@ class Run:
                 raise UserError(f"--resume: {self.out} holds no checkpoint; leave the flag out to begin.")
             return 0, 0.0
         parts, state = found
-        if state["identity"] != self.stage.identity:
-            changed = next(k for k, v in self.stage.identity.items() if state["identity"].get(k) != v)
-            raise UserError(f"--out {self.out}: {changed} changed since this run began; restore it, or give --fresh.")
+        refuse_other_identity(self.out, state["identity"], self.stage.identity, self.settings.allow_data_change)
         self._put_back(parts)
         self.good_step = state["good_step"]
         self.guard.restore(state["guard"])
@@ -133,7 +135,7 @@ class Run:
         averages = {f"{name}_ema": ema.model for name, ema in self.stage.averages.items()}
         return self.stage.models | averages
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         self._log()
         if self.accelerator.is_main_process:
             parts = {name: module.state_dict() for name, module in self._modules().items()}
@@ -141,8 +143,10 @@ class Run:
                 parts[f"{name}_optimizer"] = checkpoint.optimizer_tensors(optimizer)
             state = {"seconds": self.pace.seconds, "identity": self.stage.identity, "stage": self.stage.state}
             state |= {"guard": self.guard.state, "good_step": self.good_step}
-            keep = self.settings.keep_checkpoints
-            checkpoint.save(self.out / "checkpoints", self.at_step, parts, state, keep, self.good_step)
+            folder, keep = self.out / "checkpoints", self.settings.keep_checkpoints
+            save = partial(checkpoint.save, folder, self.at_step, parts, state, keep, self.good_step)
+            self.journal.to_disk()
+            checkpoint.insist(save, self._say, last)
         self.accelerator.wait_for_everyone()
 
     def _set_learning_rates(self, progress: float) -> None:
@@ -193,9 +197,10 @@ class Run:
         refuse_drift(self.accelerator, self.stage.models, self.at_step)
         figures = self._measure()
         if self.accelerator.is_main_process:
-            samples = self.out / "samples"
-            samples.mkdir(exist_ok=True)
-            self.stage.preview().save(samples / f"step-{self.at_step:08d}.png")
+            sheet = self.out / "samples" / f"step-{self.at_step:08d}.png"
+            with unless_full(self._say, sheet):
+                sheet.parent.mkdir(exist_ok=True)
+                self.stage.preview().save(sheet)
         self.accelerator.wait_for_everyone()
         review = self.stage.review(figures, self.at_step, progress)
         for sentence in review.sentences:
@@ -214,19 +219,20 @@ class Run:
         self.journal.write(self.at_step, self.pace.seconds, self.validation)
         return figures
 
-    def _told_to_stop(self, interruption: Interruption) -> bool:
-        """Whether a signal came; several processes agree on the step at which they stop."""
+    def _told(self, interruption: Interruption) -> tuple[bool, bool]:
+        """Whether signals ask to stop, and to save; several processes agree on the step."""
         if self.accelerator.num_processes == 1:
-            return interruption.received is not None
+            return interruption.look()
         if self.accelerator.device.type != "cpu" and self.at_step % _AGREE_EVERY:
-            return False  # asking makes a GPU wait
-        told = torch.tensor(float(interruption.received is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, "sum").item())
+            return False, False  # asking makes a GPU wait
+        told = torch.tensor(interruption.look(), dtype=torch.float32, device=self.accelerator.device)
+        stop, asked = (self.accelerator.reduce(told, "sum") > 0).tolist()
+        return stop, asked
 
     def _finish(self) -> None:
         if not self.validation:
             self._validate()
-        self._save()
+        self._save(last=True)
         self.line.close()
         if self.accelerator.is_main_process:
             self.stage.export(self.out)
