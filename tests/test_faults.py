@@ -25,7 +25,8 @@ def words(finished, out, *more):
 
 
 def vae_stage(finished, **more):
-    given = dict(source="", out="", width=8, factor=2, batch_size=8, precision="fp32", codebook=16, levels="5,4") | more
+    given = dict(source="", out="", width=8, factor=2, batch_size=8, precision="fp32")
+    given |= {"vq": {"codebook": 16}, "fsq": {"levels": "5,4"}}.get(more.get("regularizer"), {}) | more
     return VaeStage(VaeSettings(**given), read_sheet(finished / "data.json"), accelerator("fp32"))
 
 
