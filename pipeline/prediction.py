@@ -3,13 +3,13 @@
 This file travels inside every saved model beside `pipeline.py`, so it imports nothing but torch and diffusers.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 UNet = UNet2DModel | UNet2DConditionModel
 Windows = list[tuple[slice, slice]]
@@ -46,11 +46,20 @@ def evaluate(unet: UNet, z: Tensor, t: Tensor, conditions: Conditions) -> Tensor
     y = conditions.labels
     if y is None or not y.is_floating_point():
         return unet(x, t, class_labels=y).sample.to(z.dtype)
-    # A blend of classes is the blend of their embeddings, put in the place of the table for this one call.
+    # A blend of classes is the blend of their embeddings, put in the place of the table.
     table = y.to(unet.dtype) @ unet.class_embedding.weight
     rows = torch.arange(len(y), device=y.device)
-    swapped = {"class_embedding.weight": table}
-    return functional_call(unet, swapped, (x, t), {"class_labels": rows}).sample.to(z.dtype)
+    return _with_classes(unet, table)(x, t, class_labels=rows).sample.to(z.dtype)
+
+
+def _with_classes(unet: UNet, table: Tensor) -> UNet:
+    """The same network with another table of class embeddings, and all other parts shared.
+
+    Another thread may be drawing with the network, so nothing in it is swapped, not even for the time of a call.
+    """
+    found = copy.copy(unet)
+    found._modules = unet._modules | {"class_embedding": nn.Embedding.from_pretrained(table)}
+    return found
 
 
 def guide(strong: Tensor, weak: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

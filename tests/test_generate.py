@@ -159,3 +159,18 @@ def test_the_default_sampler_may_be_named():
     named, plain = pipeline(tiny_unet(), sampler="ddim"), pipeline(tiny_unet(), sampler="ddim")
     named.register_to_config(sampler="heun")
     assert len(list(named.stream())) == 5 and len(list(plain.stream())) == 3
+
+
+def test_the_flags_have_the_limits_of_the_order():
+    """The command line refuses before torch is imported; what it lets by is what the pipeline lets by."""
+    from calotype.pipeline.config import GenerateSettings
+    from calotype.pipeline.order import MOST, TIMES
+
+    def most(name):
+        limits = GenerateSettings.model_fields[name].metadata
+        return max(getattr(limit, "le", None) or getattr(limit, "lt", 0) - 1 for limit in limits)
+
+    assert MOST.steps == TIMES
+    found = {name: most(name) for name in ("batch_size", "steps", "guidance", "guidance_rescale", "seed")}
+    wanted = {"batch_size": MOST.images, "steps": MOST.steps, "guidance": MOST.guidance, "guidance_rescale": 1}
+    assert found == wanted | {"seed": MOST.seed}

@@ -11,6 +11,7 @@ from PIL import Image
 from calotype import cli
 from calotype.pipeline import hashes
 from calotype.pipeline.png import read_facts, write_png
+from calotype.pipeline.samplers import SAMPLERS
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,27 @@ def test_pictures_made_of_others_say_so(models, tmp_path, capsys):
         assert regenerate(tmp_path / file, "--model", models / "class") == 2
     message = capsys.readouterr().err
     assert "a picture that it does not hold" in message and "a way between two ends" in message
+
+
+@pytest.mark.reliability
+def test_every_reproducible_picture_comes_back_bit_by_bit(models, tmp_path, capsys, sized):
+    """Drawn in batches of any size, with every sampler, by a label or a prompt, fast or not."""
+    count, files, left = sized(10, 100), [], sized(10, 100)
+    ways = [("class", ["red"]), ("text", ["a blue disc"]), ("fast", ["blue", "--fast"]), ("guide", []), ("vq", [])]
+    for i in range(count):
+        name, words = ways[i % len(ways)]
+        sampler = [] if "--fast" in words else ["--sampler", SAMPLERS[i % len(SAMPLERS)]]
+        n = min(1 + i % 7, left)
+        words = [*words, *sampler, "--seed", 100 * i, "--steps", 1 + i % 5, "-n", n, "--batch-size", 1 + i % 4]
+        files += [(models / name, f) for f in generate(models / name, tmp_path / f"{i}", *words, "--reproducible")]
+        left -= n
+        if not left:
+            break
+    for model, file in files:
+        assert regenerate(file, "--model", model, "--out", tmp_path / "again.png") == 0
+        assert np.array_equal(pixels(file), pixels(tmp_path / "again.png"))
+    assert len(files) == count and capsys.readouterr().out.count("bit by bit") == count
+    print(f"{count} of {count} pictures came back bit by bit.")
 
 
 def test_one_thread_or_two_one_picture_or_sixteen():
