@@ -52,7 +52,7 @@ def load_image(
     """
     with _named(source), _binary_file(source) as file:
         image = _open(file, max_pixels)
-        return _to_mode(_decode(file, image, draft_size), "L" if channels == 1 else "RGB", background)
+        return _to_mode(_decode(image, draft_size), "L" if channels == 1 else "RGB", background)
 
 
 def inspect(source: str | os.PathLike | BinaryIO, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Header:
@@ -65,7 +65,7 @@ def inspect(source: str | os.PathLike | BinaryIO, *, decode: bool = False, max_p
         image = _open(file, max_pixels)
         header = Header(image.size, image.format or "", image.mode, containers.moves(file, image))
         if decode or image.mode == "F" or not containers.is_whole(file, image):
-            _to_mode(_decode(file, image, _DRAFT), "RGB", (255, 255, 255))
+            _to_mode(_decode(image, _DRAFT), "RGB", (255, 255, 255))
         return header
 
 
@@ -115,12 +115,12 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         raise UnreadableImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
     if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * size:
         raise UnreadableImage(f"{pixels:,} pixels out of {size:,} bytes: a decompression bomb")
+    _refuse(containers.fault_before_decoding(file, image))
     return image
 
 
-def _decode(file: BinaryIO, image: Image.Image, draft_size: int | None) -> Image.Image:
+def _decode(image: Image.Image, draft_size: int | None) -> Image.Image:
     """The picture itself, upright."""
-    _refuse(containers.fault_before_decoding(file, image))
     if draft_size is not None:
         image.draft(None, (draft_size, draft_size))
     image.load()

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hostile import png
 from PIL import Image, ImageFile
 from torch.testing import assert_close
 
@@ -157,6 +158,65 @@ def test_one_bit_pictures_are_black_and_white(fmt):
     bits = np.eye(8, dtype=bool)
     loaded = np.asarray(load_image(saved(Image.fromarray(bits), fmt), channels=1))
     np.testing.assert_array_equal(loaded, bits * 255)
+
+
+def modes():
+    """A picture in each mode, with the format that keeps it, and its RGB pixels by arithmetic alone."""
+    rgb = gradient().astype(np.float64)
+    grey, alpha = rgb[..., :1], np.linspace(0, 255, 24 * 40).reshape(24, 40, 1).round()
+    palette = np.random.default_rng(0).integers(0, 256, (256, 3))
+    coloured = palette[grey[..., 0].astype(int)]
+    indexed = of_bytes("P", grey)
+    indexed.putpalette(palette.astype(np.uint8).tobytes())
+    levels = np.arange(24 * 40).reshape(24, 40, 1) * 68
+    yield "1", Image.fromarray(grey[..., 0] > 99), "PNG", (grey > 99) * 255
+    yield "L", of_bytes("L", grey), "PNG", grey
+    yield "LA", of_bytes("LA", grey, alpha), "PNG", on_white(grey, alpha)
+    yield "P", indexed, "PNG", coloured
+    yield "P", indexed, "PNG with a hole", np.where(grey == grey[3, 3], 255, coloured)
+    yield "RGB", of_bytes("RGB", rgb), "PNG", rgb
+    yield "RGBA", of_bytes("RGBA", rgb, alpha), "PNG", on_white(rgb, alpha)
+    yield "CMYK", of_bytes("CMYK", rgb, grey[::-1]), "TIFF", (255 - rgb) * (255 - grey[::-1]) / 255
+    yield "I;16", Image.fromarray(levels[..., 0].astype("<u2")), "PNG", levels / 257
+    yield "I;16B", Image.fromarray(levels[..., 0].astype(">u2")), "TIFF", levels / 257
+    yield "I", Image.fromarray((levels[..., 0] * 10**4).astype(np.int32)), "TIFF", levels / levels.max() * 255
+    yield "F", Image.fromarray((levels[..., 0] - 999).astype(np.float32)), "TIFF", levels / levels.max() * 255
+
+
+def of_bytes(mode, *bands):
+    pixels = np.dstack(bands).astype(np.uint8)
+    return Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes())
+
+
+def on_white(colour, alpha):
+    return colour * alpha / 255 + 255 - alpha
+
+
+@pytest.mark.parametrize("mode, image, fmt, golden", modes(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_mode_has_its_golden_pixels(mode, image, fmt, golden):
+    fmt, _, hole = fmt.partition(" ")
+    assert image.mode == mode
+    options = {"transparency": int(gradient()[3, 3, 0])} if hole else {}
+    loaded = np.asarray(load_image(saved(image, fmt, **options), channels=3))
+    worst = np.abs(loaded - np.broadcast_to(golden, loaded.shape)).max()
+    assert worst <= (8 if mode == "CMYK" else 1), worst
+
+
+def test_deep_colours_keep_their_whole_range():
+    levels = np.random.default_rng(0).integers(0, 65536, (24, 40, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    loaded = np.asarray(load_image(io.BytesIO(png(40, 24, pixels=rows, bits=16)), channels=3))
+    assert np.abs(loaded - levels / 257).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_deep_pictures_load_upright_too(orientation):
+    levels = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](levels[..., None])[..., 0]))
+    loaded = np.asarray(load_image(saved(stored, "PNG", exif=exif), channels=1))
+    np.testing.assert_array_equal(loaded, np.rint(levels / 257))
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF"])
