@@ -145,6 +145,7 @@ def run(command: str, argv: list[str]) -> int:
     # Nothing is fetched unless somebody asks for it, and nothing reports home.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # diffusers imports ONNX Runtime wherever it is installed
     settings = settings_of([command, *argv])
     if command in _ALONE:
         refuse_held(settings.out)
