@@ -3,7 +3,8 @@
     python -m benchmarks.processes --out /tmp/processes --steps 100
 
 Parameters themselves drift apart under AdamW, which divides by the size of tiny gradients; with --optimizer sgd they
-agree too.
+agree too. `--worlds 1 2 1` instead runs the command that a user would run, in so many processes after one another,
+each going on where the one before ended, and compares its losses with those of one process without a break.
 """
 
 import argparse
@@ -28,10 +29,13 @@ def main() -> int:
     parser.add_argument("--member", default="kl", choices=MEMBERS, help="of the autoencoder family")
     parser.add_argument("--condition", default="class", choices=CONDITIONS, help="of stage 2")
     parser.add_argument("--stages", nargs="+", default=["train-vae", "train-diffusion"])
+    parser.add_argument("--worlds", nargs="+", type=int, default=[], help="processes of the parts of one run")
     parser.add_argument("--work", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args.work, args.out, args.steps)
+    if args.worlds:
+        return in_parts(args)
     rows = [compare(stage, args) for stage in prepare(args) if stage in args.stages]
     print(f"{'stage':16} {'first gradient':>15} {'worst loss':>12} {'parameters':>12} {'ranks equal':>12}")
     for row in rows:
@@ -39,6 +43,37 @@ def main() -> int:
     print("goal             <=        1e-05 <=     1e-05                      True")
     print(json.dumps({"optimizer": args.optimizer, "steps": args.steps, "rows": rows}))
     return int(any(row["gradient"] > 1e-5 or row["loss"] > 1e-5 or not row["ranks_equal"] for row in rows))
+
+
+def in_parts(args) -> int:
+    """Print the worst relative difference of a loss between a run in parts and a run in one; 1 if it is above 1e-5."""
+    worst = {}
+    prepare(args)
+    for stage in args.stages:
+        whole, parts = args.out / f"{stage}-whole", args.out / f"{stage}-parts"
+        _train(args.commands[stage], whole, args.steps, 1)
+        for i, world in enumerate(args.worlds, start=1):
+            _train(args.commands[stage], parts, args.steps * i // len(args.worlds), world)
+        a, b = _losses(whole), _losses(parts)
+        assert sorted(a) == sorted(b) == list(range(1, args.steps + 1)), (len(a), len(b))
+        worst[stage] = max(abs(a[step] - b[step]) / abs(a[step]) for step in a)
+    print(json.dumps({"worlds": args.worlds, "steps": args.steps, "worst loss": worst, "goal": 1e-5}))
+    return int(max(worst.values()) > 1e-5)
+
+
+def _train(command: list[str], out: Path, steps: int, world: int) -> None:
+    """A stage by its command up to a step, in so many processes."""
+    module = {"train-vae": "stage1_vae", "train-diffusion": "stage2_diffusion"}[command[0]]
+    launch = ["-m", "calotype.launch", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    words = [*command[1:], "--out", str(out), "--steps", str(steps), "--lr-schedule", "constant", "--log-every", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *launch, "-m", f"calotype.{module}.train", *words, "--validations", "1"]
+    subprocess.run(words, check=True, env=environment)
+
+
+def _losses(out: Path) -> dict[int, float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss[train]"] for line in lines if "loss[train]" in line}
 
 
 def prepare(args) -> dict[str, list[str]]:

@@ -167,8 +167,7 @@ class Run:
                 f"--precision fp32. The last good state is in {self.out / 'checkpoints'}."
             )
         self._watch(window)
-        if window.means:
-            self._write(window)
+        self._write(window)
 
     def _watch(self, window: Window) -> None:
         """Let the guard look at the steps; where it says so, go back."""

@@ -1,17 +1,23 @@
 """Two processes against one: the short form of the benchmark."""
 
 import pytest
-from test_killed import mostly
 
 from benchmarks.tiny import MEMBERS
 
-
-@pytest.mark.parametrize("member", mostly(MEMBERS))
-def test_two_processes_of_stage_1_equal_one(tmp_path, run_benchmark, member):
-    run_benchmark("processes", "--steps", 20, "--out", tmp_path, "--member", member, "--stages", "train-vae")
+QUICK = {"gan", "text"}  # made of the most parts; `make reliability` has the rest
 
 
-@pytest.mark.parametrize("condition", mostly(["class", "text", "inpaint", "options"]))  # the rest is as inpaint
-def test_two_processes_of_stage_2_equal_one(tmp_path, run_benchmark, condition):
+def all_of(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.reliability) for name in names]
+
+
+@pytest.mark.parametrize("member", all_of(MEMBERS))
+def test_two_processes_of_stage_1_equal_one(tmp_path, run_benchmark, member, sized):
+    steps = sized(20, 100)
+    run_benchmark("processes", "--steps", steps, "--out", tmp_path, "--member", member, "--stages", "train-vae")
+
+
+@pytest.mark.parametrize("condition", all_of(["class", "text", "inpaint", "options"]))  # the rest is as inpaint
+def test_two_processes_of_stage_2_equal_one(tmp_path, run_benchmark, condition, sized):
     stage = ["--stages", "train-diffusion"]
-    run_benchmark("processes", "--steps", 20, "--out", tmp_path, "--condition", condition, *stage)
+    run_benchmark("processes", "--steps", sized(20, 100), "--out", tmp_path, "--condition", condition, *stage)
