@@ -166,6 +166,9 @@ def traces(out: Path) -> dict[str, str]:
     files = [file for folder in newest for file in folder.glob("*.safetensors")]
     files += [*out.glob("[!.]*.safetensors"), *out.glob("[!.]*/*.safetensors"), *out.glob("index.json")]
     found = {str(file.relative_to(out)): checkpoint.sha256(file) for file in files}
+    for folder in newest:
+        state = json.loads((folder / "state.json").read_text())
+        found["state"] = json.dumps({name: state[name] for name in state if name != "seconds"}, sort_keys=True)
     for line in lines_of(out / "metrics.jsonl"):
         for name in line.keys() - {"step", *_BY_THE_CLOCK}:
             value = line[name]

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calotype.disk import rename_file
 from calotype.ema import PowerEma, gamma_of_width
 from calotype.errors import UserError
 
@@ -47,7 +48,7 @@ def write_snapshot(folder: Path, step: int, tracks: list[dict[str, PowerEma]]) -
     }
     temporary = folder / f".step-{step:08d}"
     save_file(tensors, temporary)
-    temporary.replace(folder / f"step-{step:08d}.safetensors")
+    rename_file(temporary, folder / f"step-{step:08d}.safetensors")
 
 
 def average(folder: Path, width: float, names: list[str], until: int | None = None) -> dict[str, dict[str, Tensor]]:

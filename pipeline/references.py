@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calotype import device
 from calotype.data import Pictures
+from calotype.disk import rename_file
 from calotype.features import FeatureNetwork
 
 _BATCH = 64
@@ -33,7 +34,7 @@ def reference(folder: Path, split: str, pictures: Pictures, network: FeatureNetw
         temporary = file.with_name(f".{file.name}")
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"features": kept}, temporary, metadata=facts)
-        temporary.replace(file)
+        rename_file(temporary, file)
     return kept
 
 
