@@ -8,6 +8,7 @@ import resource
 import time
 
 import hostile
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -102,6 +103,40 @@ def test_bombs_cost_next_to_nothing(capsys):
 def test_a_bomb_would_be_seen():
     memory, _ = cost(Image.open(io.BytesIO(hostile.solid_png(5000))).load)
     assert memory > _MOST_MEMORY
+
+
+def mutant(rng, data, other):
+    """A file with some of its bytes changed, cut, doubled or taken from another."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        at, length = rng.integers(len(data)), int(rng.integers(1, 9))
+        match rng.integers(5):
+            case 0:
+                data[at : at + length] = rng.bytes(length)
+            case 1:
+                data[at : at + length] = b"\xff" * length
+            case 2:
+                data[at:at] = data[at : at + 50 * length] * 20
+            case 3:
+                data[at:at] = other[rng.integers(len(other)) :][: 50 * length]
+            case 4:
+                data = data[: max(20, at)]
+    return bytes(data)
+
+
+def look_at_all(files):
+    for file in files:
+        verdict(load_image, io.BytesIO(file), channels=3, max_pixels=1_000_000)
+        verdict(inspect, io.BytesIO(file), max_pixels=1_000_000)
+
+
+def test_mutants_give_a_picture_or_a_refusal_and_cost_little(sized):
+    """A child of its own for fifty at a time, so that one of them cannot hide behind another's memory."""
+    rng, kinds = np.random.default_rng(0), [case.data for case in hostile.good().values()]
+    for _ in range(sized(8, 200)):
+        files = [mutant(rng, kinds[rng.integers(len(kinds))], kinds[rng.integers(len(kinds))]) for _ in range(50)]
+        memory, seconds = cost(look_at_all, files)
+        assert memory <= _MOST_MEMORY and seconds <= 50 * _MOST_SECONDS
 
 
 def test_headers_of_a_thousand_pictures_a_second(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from hostile import picture
 
 from calotype import cli, data
+from calotype.latents import LatentCache
 from calotype.randomness import KeyedOrder
 from calotype.sheet import read_sheet
 from calotype.stage1_vae.train import VaeStage
@@ -65,28 +66,60 @@ def test_one_bad_file_in_a_hundred_is_no_matter(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_files_that_go_in_mid_run_are_replaced_and_counted(tmp_path, monkeypatch, capsys, workers):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_files_that_go_in_mid_run_are_replaced_and_counted(tmp_path, monkeypatch, capsys, workers, resumed):
     """One in twenty is deleted at step 3: the run ends, its losses are finite, and just these are counted."""
     root = folder_of(tmp_path / "pictures", 120)
     assert cli.main(["data", str(root), "--image-size", "8", "--out", str(tmp_path)]) == 0
     sheet = read_sheet(tmp_path / "data.json")
     chosen = [record.file for record in sheet.records if not record.val][::20]
     monkeypatch.setattr(data, "_MEMORY", 0)  # as where there are too many pictures to keep
-    step = VaeStage.step
-
-    def deleting(stage, batch, at_step):
-        if at_step == 3:
-            for name in chosen:
-                (root / name).unlink()
-        return step(stage, batch, at_step)
-
-    monkeypatch.setattr(VaeStage, "step", deleting)
-    out = tmp_path / "run"
-    assert train(tmp_path / "data.json", out, "--steps", 45, "--workers", workers, "--log-every", 5) == 0
+    at_step(monkeypatch, 3, lambda: [(root / name).unlink() for name in chosen])
+    source, out = tmp_path / "data.json", tmp_path / "run"
+    more = ["--workers", workers, "--log-every", 5, "--checkpoint-every", 5]
+    if resumed:
+        assert train(source, out, "--steps", 14, *more) == 0
+        assert train(source, out, "--steps", 45, *more) == 2
+        assert f"{len(chosen)} missing, first {min(chosen)}" in capsys.readouterr().err
+        more.append("--allow-data-change")
+    assert train(source, out, "--steps", 45, *more) == 0
     assert all_finite(out) and len(chosen) >= 5
     assert json.loads((out / "finished.json").read_text())["data_errors[train]"] == len(chosen)
     printed = capsys.readouterr().out
-    assert printed.count("stands in for it") == 1 and printed.count("could not be read, first") >= 1
+    assert printed.count("stands in for it") == (0 if resumed else 1)
+    assert "could not be read, first" in (out / "metrics.jsonl").read_text()
+
+
+def at_step(monkeypatch, number, act):
+    """Do something once, while a run takes that step."""
+    step, todo = VaeStage.step, [act]
+
+    def acting(stage, batch, here):
+        if here == number and todo:
+            todo.pop()()
+        return step(stage, batch, here)
+
+    monkeypatch.setattr(VaeStage, "step", acting)
+
+
+def test_a_whole_run_outlives_a_picture_and_then_asks_about_others(tmp_path, monkeypatch, capsys):
+    root, out = folder_of(tmp_path / "pictures", 130), tmp_path / "out"
+    words = ["run", str(root), "--out", str(out), *"--image-size 8 --steps 6 --batch-size 8 --precision fp32".split()]
+    words += ["--factor", "2"]
+    monkeypatch.setattr(data, "_MEMORY", 0)
+    at_step(monkeypatch, 2, lambda: (root / "a/002.png").unlink())
+    assert cli.main(words) == 0
+    first = LatentCache(out / "latents", "train")
+    picture(root / "b/new.png", (9, 99, 200))
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 missing, 1 added, first a/002.png (missing)" in line and "--allow-data-change" in line
+    assert cli.main([*words, "--allow-data-change"]) == 0
+    assert "train-diffusion is finished and stays" in capsys.readouterr().out
+    again = LatentCache(out / "latents", "train")
+    assert again.index.fingerprint == read_sheet(out / "data.json").fingerprint != first.index.fingerprint
+    assert cli.main(words) == 0
 
 
 def test_another_picture_stands_in_by_position_alone(tmp_path):
@@ -112,14 +145,7 @@ def test_another_picture_stands_in_by_position_alone(tmp_path):
 def test_where_all_is_gone_the_run_ends_in_one_line(tmp_path, monkeypatch, capsys):
     root = folder_of(tmp_path / "pictures", 40)
     monkeypatch.setattr(data, "_MEMORY", 0)
-    step = VaeStage.step
-
-    def moving(stage, batch, at_step):
-        if at_step == 1:
-            root.rename(tmp_path / "elsewhere")
-        return step(stage, batch, at_step)
-
-    monkeypatch.setattr(VaeStage, "step", moving)
+    at_step(monkeypatch, 1, lambda: root.rename(tmp_path / "elsewhere"))
     assert train(root, tmp_path / "run", "--steps", 30, "--workers", 1) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "can be read any more; was the folder moved?" in line
