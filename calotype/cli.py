@@ -131,12 +131,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _of_the_system(error: Exception) -> str | None:
-    """One line for what the file system refuses; None for anything else, which is our own fault."""
+    """One line for what the system refuses or ends; None for anything else, which is our own fault."""
     if is_disk_full(error):
         where = getattr(error, "filename", None)
         return f"no space left{f' for {where}' if where else ''}; free some and give the same command again."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; name another file or folder, or change its permissions."
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"one of the --workers that read pictures died ({str(error).strip().rstrip('.')}), perhaps for want of "
+            "memory; give fewer. The same command goes on from the last checkpoint."
+        )
     return None
 
 

@@ -32,13 +32,14 @@ pytestmark = pytest.mark.reliability
 
 
 def machine():
-    """What the kernels of torch choose by: the vendor and the vector instructions."""
+    """What the kernels of torch choose by: the kind of processor and its vector instructions."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        vendor = next(line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
-    except (OSError, StopIteration):
-        vendor = platform.processor()
-    return f"{platform.machine()} {vendor} {torch.backends.cpu.get_cpu_capability()}"
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        cpu = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+        kind = f"{cpu['vendor_id']} {cpu['cpu family']}/{cpu['model']}"
+    except (OSError, KeyError):
+        kind = platform.processor()
+    return f"{platform.machine()} {kind} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def here():

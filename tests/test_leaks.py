@@ -59,13 +59,13 @@ def slope(steps, values):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("stage", ["train-vae", "train-diffusion"])
 def test_memory_files_and_threads_stay_as_they_are(finished, tmp_path, stage, sized):
-    steps = sized(400, 5000)
+    steps, looks = sized(300, 5000), sized(30, 100)
     words = [*flags(finished, stage), "--steps", str(steps), "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-c", WATCHED, str(steps // 100), str(tmp_path / "seen.json"), *words]
+    command = [sys.executable, "-c", WATCHED, str(steps // looks), str(tmp_path / "seen.json"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seen = np.array(json.loads((tmp_path / "seen.json").read_text()))
-    assert len(seen) == 100
+    assert len(seen) == looks
     warm = seen[len(seen) // 3 :]  # what is kept from then on has been seen: pictures, orders, a discriminator
     number, resident, files, threads = warm.T
     a_thousand = 1000 * slope(number, resident)

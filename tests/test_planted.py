@@ -157,7 +157,9 @@ def test_no_alarm_on_an_autoencoder_that_is_well(finished, tmp_path, name, sized
 
 @pytest.mark.parametrize("objective", ["flow", "v", "epsilon", "x0"])
 def test_no_alarm_on_a_unet_that_is_well(finished, tmp_path, objective, sized):
-    steps = str(sized(120, 600))
+    steps = str(sized(100, 600))
+    if objective in sized(("v", "epsilon"), ()):
+        pytest.skip("with --nightly")
     assert train_unet(finished, tmp_path / "run", "--objective", objective, "--steps", steps, "--lr", "2e-3") == 0
     assert said(tmp_path / "run") == []
 
