@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
@@ -82,11 +82,12 @@ def describe(error: ValidationError, cls: type[BaseModel], only: set[str] | None
 def way_out(cls: type[BaseModel], name: str) -> str:
     """What to give instead."""
     field = cls.model_fields[name]
+    about = f": {field.description}" if "(" in str(field.description) else f" ({field.description})"
     if field.default is None:
-        return f"give {_kind(field.annotation)}, or leave it out ({field.description})."
+        return f"give {_kind(field.annotation)}, or leave it out{about}."
     if field.default is PydanticUndefined or field.default == ():
-        return f"give the {field.description}."
-    return f"try {shown(field.default)} ({field.description})."
+        return f"give one{about}."
+    return f"try {shown(field.default)}{about}."
 
 
 def about_words(cls: type[BaseModel], argv: list[str], prog: str, filled: dict[str, Any]) -> str | None:
@@ -99,7 +100,7 @@ def about_words(cls: type[BaseModel], argv: list[str], prog: str, filled: dict[s
         return complaint
     placed, more = _placed(cls, loose)
     if more:
-        return f"{shown(more[0])} is one word too many; without a flag go {_places(cls)}."
+        return f"{shown(more[0])} is one word too many; {_places(cls)}."
     given |= placed
     try:
         cls.model_validate({name: example(cls, name) for name in cls.model_fields if is_required(cls, name)} | given)
@@ -107,7 +108,7 @@ def about_words(cls: type[BaseModel], argv: list[str], prog: str, filled: dict[s
         if complaint := describe(error, cls, set(given)):
             return complaint
     missing = next((n for n in cls.model_fields if is_required(cls, n) and n not in filled | given), None)
-    return missing and f"{called(cls, missing)} is missing; give the {cls.model_fields[missing].description}."
+    return missing and f"{called(cls, missing)} is missing; give one ({cls.model_fields[missing].description})."
 
 
 def empty_word(cls: type[BaseModel], argv: list[str]) -> str | None:
@@ -126,7 +127,7 @@ def is_required(cls: type[BaseModel], name: str) -> bool:
 
 def example(cls: type[BaseModel], name: str) -> Any:
     """Something valid for a required setting that is not known yet."""
-    return 0.1 if cls.model_fields[name].annotation is float else "."
+    return 0.1 if cls.model_fields[name].annotation is float else "-"
 
 
 def _sorted(cls: type[BaseModel], argv: list[str], prog: str) -> tuple[dict[str, Any], list[str], str | None]:
@@ -171,9 +172,10 @@ def _placed(cls: type[BaseModel], loose: list[str]) -> tuple[dict[str, Any], lis
 
 
 def _places(cls: type[BaseModel]) -> str:
-    """What is given without a flag."""
+    """What to do with a word that has no place."""
     names = [called(cls, name) for name in cls.model_fields if is_positional(cls, name)]
-    return " ".join(names) or f"no words, but all behind one such as {called(cls, next(iter(cls.model_fields)))}"
+    where = f"only {' '.join(names)} has none" if names else f"such as {called(cls, next(iter(cls.model_fields)))}"
+    return f"leave it out, or give its flag before it, {where}"
 
 
 def _values(cls: type[BaseModel], name: str, words: list[str]) -> list[str]:
@@ -230,4 +232,5 @@ def _kind(annotation: Any) -> str:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)

@@ -98,6 +98,8 @@ class DataSettings(Settings):
         if out is not None and not out.suffix and _is_inside(out, source):
             raise ValueError(f"--out {out} lies inside SOURCE {source}, among the pictures; give a folder outside.")
         if self.val and fraction_of(self.val) is None:
+            if not os.path.isdir(self.val):
+                raise ValueError(f"--val {self.val} is no folder and no fraction between 0 and 1; try --val 0.05.")
             if _is_inside(self.val, source):
                 raise ValueError(
                     f"--val {self.val} lies inside SOURCE {source}, so it would be trained on; move it outside."

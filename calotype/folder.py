@@ -228,7 +228,7 @@ def _parsed(line: str, file: Path, number: int) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}, line {number} is not JSON ({error}).") from None
+        raise UserError(f"{file}, line {number} is not JSON ({error}); mend that line.") from None
     if not isinstance(row, dict):
         raise UserError(f"{file}, line {number} is not an object with file_name, label and text.")
     return row

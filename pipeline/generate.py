@@ -160,7 +160,7 @@ def picture(file: Path, flag: str, channels: int, size: tuple[int, int]) -> Imag
     try:
         return fit_image(load_image(file, channels=channels), size, "crop")
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
+        raise UserError(f"{flag} {str(error).rstrip('.')}; give another picture.") from None
 
 
 def facts_of(pipe: LatentDiffusionPipeline, settings, **more) -> dict[str, str]:

@@ -32,7 +32,8 @@ def refuse_uneven(image_size: str, factor: int) -> None:
     """Raise ValueError where a side of the pictures is no multiple of the factor."""
     sides = height_width(image_size)
     if any(side % factor for side in sides):
-        near = "x".join(str(max(factor, side // factor * factor)) for side in sides)
+        near = [str(max(factor, side // factor * factor)) for side in sides]
+        near = "x".join(near if "x" in image_size else near[:1])
         raise ValueError(
             f"--image-size {image_size} must be a multiple of {factor}, the autoencoder's --factor; try {near}."
         )

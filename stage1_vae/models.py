@@ -54,9 +54,20 @@ def build(settings: VaeSettings, channels: int, size: tuple[int, int]) -> Autoen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(settings.seed, "init"))
         vae = load_autoencoder(settings.init, "--init") if settings.init else _fresh(settings, channels, size)
+    _refuse_other_law(settings, vae)
     check_fits(vae, channels, size)
     likelihood = Likelihood(settings.likelihood_kind, settings.likelihood_scale) if settings.bound else None
     return Autoencoder(vae, _regularizer(settings, vae), likelihood)
+
+
+def _refuse_other_law(settings: VaeSettings, vae: Vae) -> None:
+    """Raise UserError where a codebook is asked of an autoencoder that has none, or levels of one that is there."""
+    kind, has = settings.regularizer, type(vae).__name__
+    if settings.init and (kind == "fsq" or (kind == "vq" and not isinstance(vae, VQModel))):
+        raise UserError(
+            f"--regularizer {kind}: --init {settings.init} holds an {has} with a latent of its own; leave one of them "
+            "out."
+        )
 
 
 def _regularizer(settings: VaeSettings, vae: Vae) -> nn.Module:

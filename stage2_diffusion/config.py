@@ -90,7 +90,7 @@ class DiffusionSettings(TrainSettings):
     def _what_does_not_go_together(self) -> Self:
         if self.zero_terminal_snr and self.objective not in ("v", "x0"):
             raise ValueError(
-                f"--zero-terminal-snr: pure noise tells an {self.objective} network nothing; give --objective v."
+                f"--zero-terminal-snr: pure noise tells a network of {self.objective} nothing; give --objective v."
             )
         if self.text_encoder and self.condition != "text":
             raise ValueError(f"--text-encoder {self.text_encoder} needs --condition text; add that, or leave it out.")

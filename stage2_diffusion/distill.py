@@ -189,7 +189,7 @@ class FinishedRun:
         """The pictures that the latents were made of; raises UserError if they are others."""
         sheet = read_sheet(self.data)
         if sheet.fingerprint != LatentCache(self.latents, "train").index.fingerprint:
-            raise UserError(f"--data {self.data} is not the sheet that {self.latents} was made of.")
+            raise UserError(f"--data {self.data} is not the sheet that {self.latents} was made of; name that one.")
         return sheet
 
 

@@ -250,7 +250,9 @@ class DiffusionStage:
         file = self.settings.data or self.settings.latents.resolve().parent / "data.json"
         sheet = read_sheet(file)
         if sheet.fingerprint != self.cache.index.fingerprint:
-            raise UserError(f"--data {file} is not the sheet that --latents {self.settings.latents} was made of.")
+            raise UserError(
+                f"--data {file} is not the sheet that --latents {self.settings.latents} was made of; name that one."
+            )
         return sheet
 
 
