@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from calotype.features import FeatureNetwork
 from calotype.images import normalize
 from calotype.randomness import KeyedOrder, key, normal, uniform
 from calotype.sheet import Sheet
+from calotype.weights import refuse_non_finite
 
 VERSION = 2
 FEATURES = 128
@@ -85,18 +87,32 @@ def shrunk(x: Tensor) -> Tensor:
 
 def own(sheet: Sheet, folder: Path, precision: str) -> Own:
     """The network kept in `folder`, or one trained now if that is of other pictures; says which, and how good it is."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    if (config.get("version"), config.get("fingerprint")) != (VERSION, sheet.fingerprint):
-        config = _make(sheet, folder, precision)
-    net = _fresh(config)
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    kept = _kept(sheet, folder)
+    if kept is None:
+        _make(sheet, folder, precision)
+        kept = _kept(sheet, folder)
+    assert kept is not None
+    config, net = kept
     net = net.to(device.device()).eval().requires_grad_(False)
     about = f"a small network trained on the training pictures, {config['quality']}"
     return Own(net, FeatureNetwork("own", net.features, about, weights_hash(folder)), config["classes"])
 
 
-def _make(sheet: Sheet, folder: Path, precision: str) -> dict:
+def _kept(sheet: Sheet, folder: Path) -> tuple[dict, OwnNetwork] | None:
+    """Facts and network in a folder; None where it is missing, damaged or of other pictures, and so is made anew."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if (config["version"], config["fingerprint"]) != (VERSION, sheet.fingerprint):
+            return None
+        net = _fresh(config)
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+        refuse_non_finite(net, "own")
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError):
+        return None
+    return config, net
+
+
+def _make(sheet: Sheet, folder: Path, precision: str) -> None:
     """Train a network, test it on held-out pictures, and write both down."""
     began = time.monotonic()
     train, val = Pictures(sheet, "train"), Pictures(sheet, "val")
@@ -114,7 +130,6 @@ def _make(sheet: Sheet, folder: Path, precision: str) -> dict:
     config["quality"] = _accuracy(net, val) if labelled and (val.labels >= 0).all() else _recognition(net, val)
     print(f"Features `own`: {config['quality']}, trained in {time.monotonic() - began:.0f} s.", flush=True)
     _write(net, config, folder)
-    return config
 
 
 def _write(net: OwnNetwork, config: dict, folder: Path) -> None:

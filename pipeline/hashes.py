@@ -11,12 +11,14 @@ from calotype.weights import read_json
 FILE = "sha256.json"
 FORMAT = 1  # of the model folder; a later one is refused
 _FREE = ("README.md", "samples.png", FILE)  # what a user may write over
+_BESIDE = "onnx/"  # for other programs, and as large as all the rest
+_NEEDED = ("model_index.json", "calotype.json")  # what else lies at the top may be taken away
 
 
 def write(folder: Path) -> None:
-    """Write the SHA-256 of every file that a model is drawn with to sha256.json, which stock diffusers passes over."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in _FREE)
-    found = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    """Write the SHA-256 of every file that is loaded here to sha256.json, which stock diffusers passes over."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    found = {name: sha256(file) for name, file in files.items() if name not in _FREE and not name.startswith(_BESIDE)}
     content = {"format": FORMAT, "software": f"calotype {__version__}", "files": found}
     write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
 
@@ -34,6 +36,8 @@ def verify(folder: Path, name: str) -> None:
         path = folder / file
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{name}: {FILE} names {file!r}, which lies outside the folder; export the model again.")
+        if "/" not in file and file not in _NEEDED and not path.exists():
+            continue
         if not path.is_file() or sha256(path) != expected:
             what = "has changed since" if path.is_file() else "is not there, but was when"
             raise UserError(

@@ -210,3 +210,17 @@ def test_reproducible_pictures_develop_together_and_can_be_left():
         together = pipe(["red", "blue", None], seed=3, output_type=output_type).images
         assert len(apart) == 3 and type(apart) is type(together)
     assert np.abs(np.stack(list(map(np.asarray, apart))).astype(int) - np.stack(together)).max() <= 1
+
+
+@pytest.mark.parametrize("name, more", [("class", {"sampler": "heun", "low": 0.2}), ("fast", {"fast": True})])
+def test_pictures_of_the_demo_carry_the_same(models, tmp_path, capsys, name, more):
+    from calotype.demo.studio import Studio
+    from calotype.pipeline.model_folder import load
+
+    studio = Studio(load(models / name), folder=models / name)
+    request = studio.request("", 3, 11, 2, 1.75, **more)
+    images = list(studio.develop(request))[-1].images
+    for i, image in enumerate(images):
+        write_png(image, tmp_path / f"{i}.png", studio.facts(request.alone(i)))
+        assert regenerate(tmp_path / f"{i}.png", "--model", models / name) == 0
+    assert capsys.readouterr().out.count("is the same picture") == 3

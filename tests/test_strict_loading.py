@@ -201,3 +201,19 @@ def test_weights_that_are_not_finite_raise_before_there_is_a_picture():
 
     with pytest.raises(NonFiniteLatents, match="the latents after step 2 are not finite"):
         pipe("red", num_inference_steps=4, callback_on_step_end=late)
+
+
+@pytest.mark.reliability
+def test_a_kept_feature_network_that_is_damaged_is_made_anew(finished, tmp_path, capsys):
+    from calotype import own_features
+    from calotype.sheet import read_sheet
+
+    sheet = read_sheet(finished / "data.json")
+    first = own_features.own(sheet, tmp_path / "own", "fp32").network.identity
+    assert "trained in" in capsys.readouterr().out
+    assert own_features.own(sheet, tmp_path / "own", "fp32").network.identity == first
+    assert "trained in" not in capsys.readouterr().out
+    for file, content in (("model.safetensors", b"junk"), ("config.json", b"[3]"), ("config.json", b"{")):
+        (tmp_path / "own" / file).write_bytes(content)
+        assert own_features.own(sheet, tmp_path / "own", "fp32").network.identity == first
+        assert "trained in" in capsys.readouterr().out
