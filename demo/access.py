@@ -1,16 +1,20 @@
 """Who may come in: a password for a page that others can reach."""
 
 import asyncio
+import base64
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from calotype.errors import UserError
 
 USER = "calotype"
 SHORTEST = 8  # characters of a password that somebody chose
+_OPEN = {"/healthz", "/readyz"}
 WAIT = 1.0  # seconds before a wrong password is told so
 
 
@@ -39,14 +43,31 @@ def read_password(file: Path) -> str:
     return password
 
 
-def checker(password: str) -> Callable[[str, str], Awaitable[bool]]:
-    """What Gradio asks whether a name and a password may come in; a wrong one is answered late."""
+class Lock:
+    """An ASGI middleware that asks for a name and a password before anything but the server's health is told.
 
-    async def check(name: str, given: str) -> bool:
-        right = hmac.compare_digest(f"{name}\0{given}".encode(), f"{USER}\0{password}".encode())
-        if not right:
+    This is HTTP's own way (Basic), which covers every address: Gradio's page for logging in tells the API to anybody.
+    """
+
+    def __init__(self, app: ASGIApp, password: str):
+        self.app, self._key = app, f"{USER}:{password}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        given = dict(scope.get("headers", ())).get(b"authorization")
+        if scope["type"] != "http" or scope["path"] in _OPEN or (given is not None and self._fits(given)):
+            await self.app(scope, receive, send)
+            return
+        if given is not None:
             logging.getLogger(__name__).warning("a wrong password was given")
             await asyncio.sleep(WAIT)
-        return right
+        asks = {"www-authenticate": 'Basic realm="Calotype", charset="UTF-8"'}
+        await PlainTextResponse("This page asks for a name and a password.", 401, asks)(scope, receive, send)
 
-    return check
+    def _fits(self, given: bytes) -> bool:
+        kind, _, words = given.partition(b" ")
+        try:
+            key = base64.b64decode(words, validate=True)
+        except ValueError:
+            return False
+        return kind.lower() == b"basic" and hmac.compare_digest(key, self._key)

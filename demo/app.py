@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
     "GRADIO_SHARE": "False",
     "HF_HUB_OFFLINE": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
 }
 
 
@@ -46,7 +47,6 @@ def _serve(settings, models: list[Path], temporary: Path, password: str | None) 
     cache, spool, empty = folders
     tempfile.tempdir = str(spool)
     os.chdir(empty)  # Gradio hands out files of the working directory if a function names one
-    auth = None if password is None else access.checker(password)
     with listen(settings.address, settings.port) as listening:
         blocks = build(models, str(cache))
         from calotype.demo import server
@@ -56,7 +56,8 @@ def _serve(settings, models: list[Path], temporary: Path, password: str | None) 
             if settings.open_browser:
                 webbrowser.open(address(listening))
 
-        app = server.application(blocks, Cache(cache), auth, settings.public)
+        server.few_arenas()
+        app = server.application(blocks, Cache(cache), password, settings.public)
         server.Server(app, blocks, ready).run(sockets=[listening])
 
 
@@ -111,12 +112,15 @@ def open_studio(model: Path):
     return Studio(pipe, Explorer.open(folder, pipe.vae), folder)
 
 
-def serve(blocks: "gr.Blocks", host: str = "127.0.0.1", port: int | None = None, auth=None) -> "Background":
+def serve(
+    blocks: "gr.Blocks", host: str = "127.0.0.1", port: int | None = None, password: str | None = None
+) -> "Background":
     """Serve a page in the background with the house's limits; raises UserError."""
     from calotype.demo import server
 
     listening = listen(host, port)
-    return server.Background(server.application(blocks, Cache(os.environ["GRADIO_TEMP_DIR"]), auth), blocks, listening)
+    cache = Cache(os.environ["GRADIO_TEMP_DIR"])
+    return server.Background(server.application(blocks, cache, password), blocks, listening)
 
 
 def title_of(folder: Path) -> str:

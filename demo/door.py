@@ -11,18 +11,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 RETRY_AFTER = 5  # seconds
 _NONSENSE = "There is no such function, or it takes other arguments."
 _TOO_LARGE = "This is larger than the server takes."
-_NONSENSICAL = (KeyError, ValueError, RecursionError)
 
 
 class Door:
-    """An ASGI middleware: 413 for too large a body, Retry-After beside every 503, 400 for what Gradio trips over.
+    """An ASGI middleware: 413 for too large a body, Retry-After beside every 503, 400 where `nonsense` is raised.
 
     Files may have `most_bytes`, and `make_room(most_bytes)` is called before any; other bodies may have `most_words`.
     Functions of the page run in its queue and not in a request: an error in one is about the request alone.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int, most_words: int, make_room: Callable[[int], object]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        most_bytes: int,
+        most_words: int,
+        make_room: Callable[[int], object],
+        nonsense: tuple[type[Exception], ...] = (KeyError, ValueError, RecursionError),
+    ):
         self.app, self.most_bytes, self.most_words, self.make_room = app, most_bytes, most_words, make_room
+        self.nonsense = nonsense
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -49,7 +56,7 @@ class Door:
 
         try:
             await self.app(scope, receive, noted)
-        except _NONSENSICAL as error:
+        except self.nonsense as error:
             if answered or scope["method"] != "POST":
                 raise
             logging.getLogger(__name__).warning("%s refused: %.200r", scope["path"], error)

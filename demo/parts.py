@@ -13,6 +13,7 @@ from typing import NamedTuple
 import gradio as gr
 from PIL import Image
 
+from calotype.demo.leaving import Halt, waited_for
 from calotype.demo.studio import MOST_GUIDANCE, MOST_IMAGES, MOST_PROMPT, MOST_SEED, MOST_STEPS, Progress, Studio
 from calotype.errors import UserError
 
@@ -37,13 +38,6 @@ def for_visitors():
         raise gr.Error(words, print_exception=False) from error
 
 
-class Halt:
-    """Whether a visitor wants the drawing under way to stop; each has one of these."""
-
-    def __init__(self):
-        self.wanted = False
-
-
 class Finished(NamedTuple):
     """What a drawing came to, and how long it took."""
 
@@ -62,8 +56,8 @@ def watching(
     halt = halt or Halt()
     halt.wanted = False
     began, hidden, can_stop = time.monotonic(), gr.update(visible=False), gr.update(interactive=True)
-    yield gr.skip(), gr.skip(), "Starting …", third, can_stop
-    with closing(events):
+    with waited_for(halt), closing(events):
+        yield gr.skip(), gr.skip(), "Starting …", third, can_stop
         for progress in paced(events, halt):
             if progress.done < progress.total:
                 preview = gr.update(value=show(progress), visible=True)

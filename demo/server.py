@@ -1,5 +1,7 @@
 """The server under the page: our own application around Gradio's, uvicorn as we want it, and how both end."""
 
+import contextlib
+import ctypes
 import socket
 import threading
 import warnings
@@ -8,6 +10,7 @@ from collections.abc import Callable
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from gradio.route_utils import FnIndexInferError
 from gradio.utils import LRUCache
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -15,10 +18,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from calotype.demo import page
+from calotype.demo.access import Lock
 from calotype.demo.cache import Cache
 from calotype.demo.door import RETRY_AFTER, Door
 from calotype.demo.gate import Gate
 from calotype.demo.headers import Headers
+from calotype.demo.leaving import Departures
 from calotype.demo.listening import MOST_CONNECTIONS, address
 from calotype.demo.uploads import refuse_strangers_files
 
@@ -38,17 +43,20 @@ QUEUE = {"max_size": 16, "api_open": False, "default_concurrency_limit": 1}
 THREADS, SESSIONS = 8, 200
 MOST_BYTES = 9_000_000  # of an upload with what stands around it
 MOST_WORDS = 256_000  # bytes of any other request; Gradio remembers what its last visitors asked for
+NONSENSE = (KeyError, ValueError, RecursionError, FnIndexInferError)
+_ARENA_MAX = -8  # glibc: M_ARENA_MAX
 GRACE = 2  # seconds for answers under way when the server ends
 
 
-def application(blocks: gr.Blocks, cache: Cache, auth: Callable | None = None, public: bool = False) -> ASGIApp:
+def application(blocks: gr.Blocks, cache: Cache, password: str | None = None, public: bool = False) -> ASGIApp:
     """The page under an application of our own, with what stands before it.
 
-    `auth` is asked with a name and a password. A `public` page is found by any name, and from behind proxies.
+    With a `password` it is asked for. A `public` page is found by any name, and from behind proxies.
     """
     blocks.max_threads, blocks.state_session_capacity = THREADS, SESSIONS
     blocks.queue(**QUEUE)
     blocks._queue.pending_messages_per_session = LRUCache(SESSIONS)  # Gradio: of the last 2,000, whoever has left
+    blocks._queue.pending_event_ids_session = LRUCache(10 * SESSIONS)  # Gradio: of all, for ever
     blocks.has_launched = True  # mounting does not say so, and until then Gradio takes any file for one of its own
     refuse_strangers_files(blocks, cache)
     # Gradio lets other sites read a public page with its visitors' cookies unless the application has its own rule.
@@ -61,13 +69,15 @@ def application(blocks: gr.Blocks, cache: Cache, auth: Callable | None = None, p
     )
     app.get("/healthz")(_alive)
     app.get("/readyz")(_Readiness(blocks))
-    door = Middleware(Door, most_bytes=MOST_BYTES, most_words=MOST_WORDS, make_room=cache.make_room)
+    limits = {"most_bytes": MOST_BYTES, "most_words": MOST_WORDS, "make_room": cache.make_room}
+    door = Middleware(Door, **limits, nonsense=NONSENSE)
+    before = {"middleware": [door, Middleware(Departures)]}
     looks = {"theme": page.theme(), "css": page.CSS}
     with warnings.catch_warnings():  # that pages for several models cannot be rendered here, which nobody wants
         warnings.filterwarnings("ignore", "SSR mode", UserWarning)
-        gr.mount_gradio_app(app, blocks, path="/", auth=auth, app_kwargs={"middleware": [door]}, **looks, **MOUNT)
+        gr.mount_gradio_app(app, blocks, path="/", app_kwargs=before, **looks, **MOUNT)
     pages = {name for name, *_ in blocks.pages}
-    return Headers(Gate(app, cache, pages, public))
+    return Headers(Gate(app if password is None else Lock(app, password), cache, pages, public))
 
 
 async def _alive() -> Response:
@@ -123,3 +133,9 @@ class Background:
         """End the server; what it still draws ends at its next step."""
         self.server.should_exit = True
         self._thread.join()
+
+
+def few_arenas() -> None:
+    """Let glibc keep its memory in two arenas; of sixteen each would hold on to what its threads once needed."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)

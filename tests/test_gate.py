@@ -182,20 +182,6 @@ def test_the_password_is_told_once_unless_it_is_in_a_file():
     assert welcome("x · Calotype", "http://h/", settings(), None) == "The demo of x is at http://h/ (Ctrl-C ends it)."
 
 
-def test_wrong_passwords_are_wrong_and_told_late(monkeypatch):
-    waits = []
-
-    async def sleep(seconds):
-        waits.append(seconds)
-
-    monkeypatch.setattr(access.asyncio, "sleep", sleep)
-    check = access.checker("passwörd")
-    assert asyncio.run(check("calotype", "passwörd")) and waits == []
-    for name, word in (("calotype", "password"), ("Calotype", "passwörd"), ("", ""), ("calotype\0", "passwörd")):
-        assert not asyncio.run(check(name, word))
-    assert waits == [1.0] * 4
-
-
 def test_a_port_in_use_is_named_and_the_next_free_one_found(monkeypatch):
     from calotype.demo import listening
 
