@@ -148,7 +148,7 @@ def refuse_non_finite(net: nn.Module, name: str) -> None:
     if keys:
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise UserError(
-            f"{name}: {', '.join(keys[:5])}{more} hold numbers that are not finite; fetch or make it again."
+            f"{name}: {', '.join(keys[:5])}{more}: not all numbers there are finite; fetch or make it again."
         )
 
 
