@@ -3,10 +3,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
+import torch
 from hostile import picture
 
 from calotype import cli
+from calotype.data import Pictures
+from calotype.latents import LatentCache
 from calotype.sheet import read_sheet
 
 
@@ -131,3 +135,19 @@ def test_latents_are_not_made_of_other_pictures(root, tmp_path, capsys):
     refused(capsys, encode(tmp_path), CHANGES[repaint])
     assert not (tmp_path / "latents").exists()
     assert cli.main(encode(tmp_path, "--allow-data-change")) == 0
+
+
+def test_a_neighbour_stands_in_with_its_own_label_and_caption(root, tmp_path):
+    (root / "b/01.txt").write_text("the neighbour")
+    assert cli.main(sheet_of(root, tmp_path)) == 0
+    words = ["train-vae", str(tmp_path / "data.json"), *TINY, "--steps", "2", "--out", str(tmp_path / "vae")]
+    assert cli.main(words) == 0
+    records = Pictures(read_sheet(tmp_path / "data.json"), "train").records
+    last = max(i for i, record in enumerate(records) if record.label == 0)
+    (root / records[last].file).unlink()
+    assert cli.main(encode(tmp_path, "--allow-data-change")) == 0
+    cache = LatentCache(tmp_path / "latents", "train")
+    assert cache.gather(np.array([last, last + 1]), "label").tolist() == [1, 1]
+    assert cache.caption(last) == cache.caption(last + 1) == records[last + 1].text == "the neighbour"
+    first, second = cache.gather(np.array([last, last + 1]), "mean")
+    assert torch.equal(first, second)
