@@ -20,9 +20,7 @@ def arithmetic_section(studio: Studio) -> None:
     """Three fields for pictures, how much, and the sums."""
     gr.HTML('<div class="run"><h3>Arithmetic <small>pictures plus what sets others apart</small></h3></div>')
     with gr.Row(elem_classes="bench"):
-        fields = [
-            pictures_field(name, crisp(studio)) for name in ("These pictures", "plus the mean of", "minus the mean of")
-        ]
+        fields = [pictures_field(name, crisp(studio)) for name in FIELDS]
         with gr.Column(min_width=200):
             amount = gr.Slider(-MOST_AMOUNT, MOST_AMOUNT, value=1, step=0.05, label="Times", buttons=[])
             begin = gr.Button("Add up", variant="primary")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import gradio as gr
 from PIL import Image, ImageDraw
@@ -34,36 +33,17 @@ STRENGTH, REPAINTED = 0.6, 1.0  # of a picture as a whole, and of a part of it
 VERBS = {"inpaint": "Fill it in", "edges": "Draw from it", "superres": "Enlarge"}
 
 
-class Controls(NamedTuple):
-    """What a visitor can set, in the order that `editing` takes it."""
-
-    sketch: gr.components.Component
-    region: gr.Dropdown
-    strength: gr.Slider
-    edges: gr.Checkbox
-    label: gr.components.FormComponent
-    count: gr.Slider
-    seed: gr.Number
-    roll: gr.Radio
-    steps: gr.Slider
-    guidance: gr.Slider
-
-
 def edit_tab(studio: Studio) -> None:
     """The controls, the picture, and what becomes of it."""
     with gr.Row(elem_classes="bench"):
         with gr.Column(scale=4, min_width=320):
-            fields, begin, stop = all_controls(studio)
+            controls, seed, begin, stop = all_controls(studio)
         with gr.Column(scale=5, min_width=360):
             sketch = sketch_field(studio)
         with gr.Column(scale=5, min_width=360):
-            tray = parts.tray_field("What becomes of it appears here.", "low", crisp(studio))
-            gallery = parts.gallery_field(studio, "Edited pictures")
-            status = parts.status_line()
-    controls = Controls(sketch, *fields)
-    shown, halt = [tray, gallery, status, controls.seed, stop], gr.State(parts.Halt())
-    running = begin.click(partial(editing, studio), [*controls, halt], shown, api_name="edit", **MODEL)
-    parts.wire_stop(stop, halt, [running])
+            outcome = parts.outcome_fields(studio, "What becomes of it appears here.", "Edited pictures", "low")
+    drawing = parts.Drawing(begin, partial(editing, studio), [sketch, *controls], "edit")
+    parts.wire([drawing], [*outcome, seed], stop)
 
 
 def sketch_field(studio: Studio) -> gr.components.Component:
@@ -84,8 +64,8 @@ def sketch_field(studio: Studio) -> gr.components.Component:
     return sketch
 
 
-def all_controls(studio: Studio) -> tuple[list[gr.components.Component], gr.Button, gr.Button]:
-    """All but the picture, in the order of Controls, and the two buttons."""
+def all_controls(studio: Studio) -> tuple[list[gr.components.Component], gr.Number, gr.Button, gr.Button]:
+    """All but the picture, in the order that `editing` takes them; among them the seed; and the two buttons."""
     kind = kind_of(studio)
     with gr.Group():
         regions = [BRUSHED, *([] if kind == "inpaint" else [ALL]), *REGIONS]
@@ -100,7 +80,7 @@ def all_controls(studio: Studio) -> tuple[list[gr.components.Component], gr.Butt
     begin, stop = parts.two_buttons(VERBS.get(kind, "Change it"))
     with gr.Accordion("Advanced", open=False):
         steps, guidance = parts.steps_and_guidance(studio)
-    return [region, strength, edges, label, count, seed, roll, steps, guidance], begin, stop
+    return [region, strength, edges, label, count, seed, roll, steps, guidance], seed, begin, stop
 
 
 def kind_of(studio: Studio) -> str:

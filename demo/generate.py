@@ -9,7 +9,7 @@ import gradio as gr
 
 from calotype.demo import parts
 from calotype.demo.grid import grid_controls, gridding
-from calotype.demo.parts import ANY, MODEL, PRIVATE, crisp, for_visitors
+from calotype.demo.parts import ANY, PRIVATE, for_visitors
 from calotype.demo.prints import file_prints, read_facts
 from calotype.demo.studio import MOST_GUIDANCE, MOST_SEED, MOST_STEPS, Request, Studio
 from calotype.demo.uploads import upload_field
@@ -43,16 +43,15 @@ def generate_tab(studio: Studio) -> None:
             grid, draw_grid = grid_controls(studio)
             dropped = upload_field(RESTORE, height=120)
         with gr.Column(scale=3, min_width=360):
-            tray = parts.tray_field(WAITING, crisp(studio))
-            gallery = parts.gallery_field(studio, "Finished pictures")
-            status = parts.status_line()
-    shown, halt = [tray, gallery, status, controls.seed, stop], gr.State(parts.Halt())
-    drawing = generate.click(partial(developing, studio), [*controls, halt], shown, api_name="generate", **MODEL)
-    gridded = draw_grid.click(partial(gridding, studio), [*grid, *controls, halt], shown, api_name="grid", **MODEL)
-    parts.wire_stop(stop, halt, [drawing, gridded])
+            outcome = parts.outcome_fields(studio, WAITING, "Finished pictures")
+    drawings = [
+        parts.Drawing(generate, partial(developing, studio), controls, "generate"),
+        parts.Drawing(draw_grid, partial(gridding, studio), [*grid, *controls], "grid"),
+    ]
+    parts.wire(drawings, [*outcome, controls.seed], stop)
     controls.fast.input(partial(switched, studio), controls.fast, list(controls[4:7]), **PRIVATE)
     restoring = partial(restore, studio)
-    dropped.upload(restoring, dropped, [*controls, status], api_name="restore", show_progress="hidden")
+    dropped.upload(restoring, dropped, [*controls, outcome[-1]], api_name="restore", show_progress="hidden")
 
 
 def all_controls(studio: Studio) -> tuple[Controls, gr.Button, gr.Button]:

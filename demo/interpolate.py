@@ -2,32 +2,17 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import gradio as gr
 from PIL import Image
 
 from calotype.demo import parts
 from calotype.demo.arithmetic import arithmetic_section
-from calotype.demo.parts import MODEL, PRINT, crisp, for_visitors
+from calotype.demo.parts import PRINT, crisp, for_visitors
 from calotype.demo.prints import file_animation
 from calotype.demo.studio import MOST_IMAGES, MOST_SEED, Studio, clamp
 from calotype.demo.uploads import upload_field
 from calotype.demo.walks import Walk, walking
-
-
-class Controls(NamedTuple):
-    """What a visitor can set, in the order that `interpolating` takes it."""
-
-    seed_a: gr.Number
-    label_a: gr.components.FormComponent
-    picture_a: gr.Image
-    seed_b: gr.Number
-    label_b: gr.components.FormComponent
-    picture_b: gr.Image
-    count: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Slider
 
 
 def interpolate_tab(studio: Studio) -> None:
@@ -40,21 +25,20 @@ def interpolate_tab(studio: Studio) -> None:
             motion = gr.Image(label="Moving", visible=False, elem_classes=["print", crisp(studio)], **PRINT)
             status = parts.status_line()
     film = gr.HTML(label="Film strip", elem_classes=crisp(studio), apply_default_css=False)
-    shown, halt = [tray, motion, status, film, stop], gr.State(parts.Halt())
-    running = begin.click(partial(interpolating, studio), [*controls, halt], shown, api_name="interpolate", **MODEL)
-    parts.wire_stop(stop, halt, [running])
+    drawing = parts.Drawing(begin, partial(interpolating, studio), controls, "interpolate")
+    parts.wire([drawing], [tray, motion, status, film], stop)
     arithmetic_section(studio)
 
 
-def all_controls(studio: Studio) -> tuple[Controls, gr.Button, gr.Button]:
-    """Both ends and how to go from one to the other, and the two buttons."""
+def all_controls(studio: Studio) -> tuple[list[gr.components.Component], gr.Button, gr.Button]:
+    """Both ends and how to go from one to the other, in the order that `interpolating` takes them; the two buttons."""
     with gr.Row():
         ends = [end_controls(studio, *end) for end in (("From", 1), ("To", 2))]
     with gr.Group():
         count = gr.Slider(2, MOST_IMAGES, value=9, step=1, label="Pictures on the way", buttons=[])
         with gr.Row():
             steps, guidance = parts.steps_and_guidance(studio)
-    return Controls(*ends[0], *ends[1], count, steps, guidance), *parts.two_buttons("Interpolate")
+    return [*ends[0], *ends[1], count, steps, guidance], *parts.two_buttons("Interpolate")
 
 
 def end_controls(studio: Studio, name: str, seed: int) -> tuple:

@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
@@ -125,15 +125,29 @@ def two_buttons(name: str) -> tuple[gr.Button, gr.Button]:
     return begin, stop
 
 
-def wire_stop(stop: gr.Button, halt: gr.State, running: list) -> None:
-    """The drawing ends itself at its next step; however it ends, there is nothing left to stop."""
+class Drawing(NamedTuple):
+    """What a button begins: a function of the controls' values and of a Halt, and its name in the API."""
+
+    button: gr.Button
+    function: Callable
+    controls: Sequence[gr.components.Component]
+    name: str
+
+
+def wire(drawings: list[Drawing], shown: Sequence[gr.components.Component], stop: gr.Button) -> None:
+    """Let buttons begin drawings and `stop` end them at their next step; `shown` is what `watching` yields for."""
+    halt = gr.State(Halt())
+    begun = [
+        button.click(function, [*controls, halt], [*shown, stop], api_name=name, **MODEL)
+        for button, function, controls, name in drawings
+    ]
 
     def order(halt: Halt):
         halt.wanted = True
         return gr.update(interactive=False)
 
     stop.click(order, halt, stop, **PRIVATE)
-    for event in running:
+    for event in begun:  # however it ends, there is nothing left to stop
         event.then(lambda: gr.update(interactive=False), None, stop, **PRIVATE)
 
 
@@ -149,6 +163,11 @@ def gallery_field(studio: Studio, label: str) -> gr.Gallery:
     """Where finished pictures are, hidden until there are some."""
     looks = PRINT | {"show_label": False, "elem_classes": ["print", crisp(studio)]}
     return gr.Gallery(visible=False, label=label, **looks)
+
+
+def outcome_fields(studio: Studio, words: str, title: str, *classes: str) -> tuple[gr.HTML, gr.Gallery, gr.Markdown]:
+    """Where pictures develop, where they are when finished, and what is going on."""
+    return tray_field(words, *classes, crisp(studio)), gallery_field(studio, title), status_line()
 
 
 def gallery_of(files: list, columns: int | None = None) -> dict:
