@@ -141,7 +141,7 @@ def _sorted(cls: type[BaseModel], argv: list[str], prog: str) -> tuple[dict[str,
         if name is None and not _is_flag(word):
             loose.append(word + equals + value)
         elif name is None:
-            close = difflib.get_close_matches(word, fields, n=1)
+            close = difflib.get_close_matches(word[:_MOST], fields, n=1)
             return (
                 given,
                 loose,
@@ -203,7 +203,7 @@ def _is_flag(word: str) -> bool:
 
 def unknown_key(name: str, cls: type[BaseModel]) -> str:
     """What to do about a key of a settings file that is none."""
-    close = difflib.get_close_matches(name, cls.model_fields, n=1)
+    close = difflib.get_close_matches(name[:_MOST], cls.model_fields, n=1)
     return f"did you mean {close[0]!r}?" if close else "remove it."
 
 

@@ -96,6 +96,20 @@ def test_memory_that_ran_out_once_does_not_win_over_what_is_asked_for(finished, 
 
 
 @pytest.mark.reliability
+def test_the_second_half_of_a_distillation_goes_on_alone(finished, tmp_path, capsys):
+    """The student is finished and left as it is; more steps and another rate of the decoder are the decoder's."""
+    law = ["distill", finished, "--out", tmp_path / "few", "--batch-size", "8", "--precision", "fp32"]
+    law += ["--steps", "2", "--teacher-steps", "4", "--decoder-width", "8", "--validations", "1"]
+    goes_on(capsys, *law, "--decoder-steps", "2")
+    student = checkpoint.weights_hash(tmp_path / "few/student")
+    said = goes_on(capsys, *law, "--decoder-steps", "4", "--decoder-lr", "1e-3")
+    assert "distill student: " in said and "is finished" in said
+    assert "--decoder-steps 2 -> 4" in said and "--decoder-lr 0.006 -> 0.001" in said
+    assert checkpoint.weights_hash(tmp_path / "few/student") == student
+    assert json.loads((tmp_path / "few/decoder_training/finished.json").read_text())["steps"] == 4
+
+
+@pytest.mark.reliability
 def test_a_whole_run_goes_on_with_its_second_stage(pictures, tmp_path, capsys):
     out = tmp_path / "run"
     run = ["run", pictures, "--image-size", "16", "--factor", "2", "--batch-size", "8", "--out", out]

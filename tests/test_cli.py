@@ -34,6 +34,36 @@ def test_help_is_quick_and_imports_nothing_heavy(argv):
     assert min(seconds) < 0.5, seconds
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train-vae", "shapes", "--out", "x", "--batch-sze", "3"],
+        ["train-vae", "shapes", "--out", "x", "--lr", "nan"],
+        ["train-vae", "shapes", "--out", "x", "--" + "z" * 40_000, "9" * 40_000],
+        ["run", "shapes", "--out", "x", "--steps", "1e308"],
+        ["train-diffusion", "--latents", "l", "--out", "x", "--guidance", "2", "--condition", "none"],
+        ["generate", "m", "--out", "x", "--guidance-interval", "0.9", "0.1"],
+        ["distill", "r", "--config", "{config}"],
+    ],
+    ids=lambda words: " ".join(words)[:60],
+)
+def test_a_refusal_takes_half_a_second_at_most_and_imports_nothing_heavy(words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"teacher_steps": 1e308, "x" * 100_000: None}))
+    argv = [word.format(config=tmp_path / "config.json") for word in words]
+    code = f"""
+import sys, time
+from calotype.cli import main
+assert main({argv}) == 2
+print(*sorted(set({HEAVY}) & set(sys.modules)), time.process_time())
+"""
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        seconds.append(float(done.stdout))  # whatever else was printed, a module that is heavy, is no number
+    assert min(seconds) <= 0.5, seconds
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
 def refused(capsys, *argv):
     """The one line that a user's error gives."""
     assert cli.main([str(word) for word in argv]) == 2
