@@ -147,7 +147,8 @@ class Order(NamedTuple):
         _refuse_unless(num_images * size[0] * size[1] <= limits.pixels, "num_images", num_images, way)
 
     def _check_label(self, label: Labels, limits: Limits) -> None:
-        for item in label if isinstance(label, list) else [label]:
+        for item in _listed(label):
+            _refuse_unless(not isinstance(item, list), "label", label, "holds a list in a list; give one a picture.")
             for word in item if isinstance(item, dict) else [item]:
                 if isinstance(word, str) and len(word) > limits.prompt:
                     raise ValueError(
