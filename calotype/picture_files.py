@@ -43,6 +43,7 @@ def load_image(
     channels: Literal[1, 3],
     draft_size: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = FORMATS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
     """The first frame of a picture, upright and opaque, as 8-bit "L" or "RGB"; raises UnreadableImage.
@@ -51,7 +52,7 @@ def load_image(
     large JPEG is decoded at a fraction of its size, its short side no shorter than that.
     """
     with _named(source), _binary_file(source) as file:
-        image = _open(file, max_pixels)
+        image = _open(file, max_pixels, formats)
         return _to_mode(_decode(image, draft_size), "L" if channels == 1 else "RGB", background)
 
 
@@ -102,12 +103,12 @@ def _binary_file(source: str | os.PathLike | BinaryIO):
     raise UnreadableImage("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
 
 
-def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _open(file: BinaryIO, max_pixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     _refuse(containers.fault_before_opening(file))
     try:
-        image = Image.open(file, formats=FORMATS)  # reads the header only
+        image = Image.open(file, formats=formats)  # reads the header only
     except UnidentifiedImageError:
-        raise UnreadableImage(_why_not_a_picture(file)) from None
+        raise UnreadableImage(_why_not_a_picture(file, formats)) from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(str(error)) from None
     pixels, size = image.width * image.height, containers.size_of(file)
@@ -135,7 +136,7 @@ def _refuse(fault: str | None) -> None:
         raise UnreadableImage(fault)
 
 
-def _why_not_a_picture(file: BinaryIO) -> str:
+def _why_not_a_picture(file: BinaryIO, formats: tuple[str, ...]) -> str:
     file.seek(0)
     start = file.read(256)
     if not start:
@@ -145,7 +146,7 @@ def _why_not_a_picture(file: BinaryIO) -> str:
             return reason
     if start[4:10] == b"ftyphe":
         return "a HEIC picture; convert it to JPEG or PNG"
-    return f"damaged, or not one of {', '.join(FORMATS)}"
+    return f"damaged, or not one of {', '.join(formats)}"
 
 
 def _to_mode(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:

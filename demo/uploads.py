@@ -13,8 +13,10 @@ from PIL import Image, ImageChops
 from calotype.demo.cache import Cache
 from calotype.errors import UserError
 from calotype.images import load_image
+from calotype.picture_files import FORMATS as READABLE
 
 MOST_PIXELS = 16_000_000  # a small file can hold a picture that fills the memory
+FORMATS = tuple(name for name in READABLE if name != "AVIF")  # its pixels may be many more than its header says
 MOST_LAYERS = 4
 MOST_SKETCHES = 16  # brushed pictures that wait for their request
 MOST_BYTES = 8_000_000  # of one layer
@@ -111,10 +113,9 @@ def open_picture(source: Source | None, channels: int, background: tuple[int, in
     """What a visitor sent as a picture; raises UserError where there is none that can be read."""
     if source is None:
         raise UserError("no picture yet; drop one on the field first")
-    stream = io.BytesIO(
-        source if isinstance(source, bytes) else _content(source)
-    )  # without a name: a visitor must not see this machine's paths
-    return load_image(stream, channels=channels, max_pixels=MOST_PIXELS, background=background)
+    content = source if isinstance(source, bytes) else _content(source)
+    stream = io.BytesIO(content)  # without a name: a visitor must not see this machine's paths
+    return load_image(stream, channels=channels, max_pixels=MOST_PIXELS, formats=FORMATS, background=background)
 
 
 def _content(path: str) -> bytes:

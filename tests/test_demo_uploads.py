@@ -9,6 +9,7 @@ from studios import coloured, file_of, photograph, png
 
 from calotype.demo import generate, prints, uploads
 from calotype.errors import UserError
+from calotype.images import load_image
 from calotype.pipeline.generate import write_png
 
 
@@ -72,6 +73,14 @@ def test_small_but_huge_pictures_are_refused(tmp_path):
     assert str(tmp_path) not in str(refusal.value)
     with pytest.raises(UserError, match="no picture yet"):
         uploads.open_picture(None, 3)
+
+
+def test_avif_is_read_from_the_owner_but_not_from_visitors(tmp_path):
+    file = tmp_path / "x.avif"
+    Image.new("RGB", (8, 8)).save(file)
+    assert load_image(file, channels=3).size == (8, 8)
+    with pytest.raises(UserError, match="not one of JPEG, PNG, WEBP, TIFF, BMP, GIF, PPM$"):
+        uploads.open_picture(str(file), 3)
 
 
 # Prints
