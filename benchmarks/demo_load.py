@@ -14,10 +14,7 @@ import json
 import random
 import re
 import secrets
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -26,8 +23,9 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
+from benchmarks.demo_server import PATIENCE, Demo, Visitor, running
+
 _GROWTH = 0.05
-_PATIENCE = 240  # seconds that a visitor waits for a picture
 
 
 def main() -> int:
@@ -37,19 +35,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=180)
     args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "calotype", "demo", str(args.model), "--port", str(port)]
-    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day, and the server stand
-        server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log)
-        try:
-            found = asyncio.run(Siege(f"http://127.0.0.1:{port}", server, args).run())
-        finally:
-            server.terminate()
-            server.wait(60)
-        log.seek(0)
-        errors = log.read()
+    with running(args.model) as demo:
+        found = asyncio.run(Siege(demo, args).run())
+        errors = demo.log
     ends = [text.splitlines()[-1] for text in re.findall(r"Traceback.*?\n(?=\S[^\n]*\n)[^\n]*", errors, re.DOTALL)]
     found["tracebacks in the log"] = dict(Counter(ends))
     for name, value in found.items():
@@ -62,26 +50,26 @@ def main() -> int:
 class Siege:
     """All visitors of one server."""
 
-    def __init__(self, url: str, server: subprocess.Popen, args):
-        self.url, self.server, self.args = url, server, args
+    def __init__(self, demo: Demo, args):
+        self.demo, self.args = demo, args
         self.statuses, self.done, self.bad = Counter(), Counter(), Counter()
         self.seen, self.unanswered, self.memory = [], 0, []
 
     async def run(self) -> dict:
         """Warm up, besiege, cool down; what was found."""
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self.url, timeout=_PATIENCE, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self.demo.url, timeout=PATIENCE, limits=limits) as client:
             self.client = client
-            self.calls = await self._open()
+            self.calls = (await Visitor(client).arrive()).calls
             until = time.monotonic() + max(self.args.seconds / 3, 10)
             await asyncio.gather(*(self._visitor(i, until) for i in range(self.args.clients)))
             await asyncio.sleep(3)
-            warm, self.statuses, self.done, self.bad = self._memory(), Counter(), Counter(), Counter()
+            warm, self.statuses, self.done, self.bad = self.demo.memory, Counter(), Counter(), Counter()
             until = time.monotonic() + self.args.seconds
             await asyncio.gather(*(self._visitor(i, until) for i in range(self.args.clients)), self._watch(until))
             await asyncio.sleep(3)
-            after = self._memory()
-            alive = self.server.poll() is None and (await client.get("/")).status_code == 200
+            after = self.demo.memory
+            alive = self.demo.process.poll() is None and (await client.get("/")).status_code == 200
             answered = await self._draw(random.Random(0)) == "complete"
         return {
             "alive": alive and answered,
@@ -95,21 +83,6 @@ class Siege:
             "memory on the way, MB": self.memory,
             "growth": round(after / warm - 1, 4),
             "first 5xx": self.seen[:5],
-        }
-
-    async def _open(self) -> dict[str, dict]:
-        """The numbers of the page's functions and the values that it gives them, once it is there."""
-        for _ in range(600):
-            try:
-                config = (await self.client.get("/config")).json()
-                break
-            except (httpx.HTTPError, json.JSONDecodeError):
-                assert self.server.poll() is None, "the demo did not start"
-                await asyncio.sleep(0.2)
-        values = {part["id"]: part["props"].get("value") for part in config["components"]}
-        return {
-            call["api_name"]: {"id": call["id"], "values": [values[i] for i in call["inputs"]]}
-            for call in config["dependencies"]
         }
 
     async def _visitor(self, number: int, until: float) -> None:
@@ -126,7 +99,7 @@ class Siege:
 
     async def _watch(self, until: float) -> None:
         while time.monotonic() < until:
-            self.memory.append(round(self._memory() / 1e6))
+            self.memory.append(round(self.demo.memory / 1e6))
             await asyncio.sleep(self.args.seconds / 9)
 
     async def _ask(self, method: str, path: str, **more) -> httpx.Response:
@@ -209,11 +182,6 @@ class Siege:
             return "left"
         assert b"root:x:0" not in response.content, f"{path} gave a file of the machine away"
         return str(response.status_code)
-
-    def _memory(self) -> int:
-        """Resident bytes of the server."""
-        status = Path(f"/proc/{self.server.pid}/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 def _bomb() -> bytes:

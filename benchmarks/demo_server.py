@@ -94,7 +94,7 @@ def running(model: Path, *flags: str, folder: Path | None = None) -> Iterator[De
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryFile("a+") as log:
         (Path(here) / "counts").write_bytes(bytes(_COUNTS.size))
         (Path(here) / "opened").touch()
         words = [sys.executable, "-m", "benchmarks.demo_server", here, str(model), "--port", str(port), *flags]

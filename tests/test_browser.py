@@ -258,3 +258,15 @@ def test_the_page_is_light_by_day_and_dark_by_night(server, chromium):
         return [int(level) for level in re.findall(r"\d+", colour)[:3]]
 
     assert min(corner("light")) > 200 and max(corner("dark")) < 60
+
+
+def test_the_page_can_talk_to_nobody_else(server, chromium):
+    page = chromium.new_page()
+    page.goto(server.url)
+    ask = "address => fetch(address, {mode: 'no-cors'}).then(() => 'answered', error => String(error))"
+    assert page.evaluate(ask, server.url + "healthz") == "answered"
+    refused = []
+    page.on("console", lambda message: refused.append(message.text))
+    assert "Failed to fetch" in page.evaluate(ask, server.url.replace("127.0.0.1", "localhost") + "healthz")
+    assert any("Content Security Policy" in text for text in refused)
+    page.close()

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from studios import LABELS, tiny_pipeline
 
 from calotype.demo import app
 from calotype.errors import UserError
@@ -19,37 +19,7 @@ from calotype.pipeline.generate import find
 
 gradio_client = pytest.importorskip("gradio_client", reason="the demo's server is NOT tested: gradio_client is missing")
 
-LABELS = ["disc", "red <b>star</b>", "square"]
 ORDER = {"label": "disc", "count": 3, "seed": 7, "roll": False, "steps": 4, "guidance": 2.0}
-
-
-def tiny_pipeline(labels):
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
-
-    from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        num_class_embeds=len(labels) + 1 if labels else None,
-    )
-    names = {str(i): label for i, label in enumerate(labels)}
-    scheduler = DDIMScheduler(clip_sample=False)
-    return LatentDiffusionPipeline(vae, unet, scheduler, id2label=names, default_steps=6, sampler="unipc")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +59,6 @@ def server(run, strangers, tmp_path_factory):
         yield SimpleNamespace(url=served.url, client=client, temporary=temporary)
         client.close()
         served.close()
-
-
-@pytest.fixture(scope="module")
-def studio(server):
-    from calotype.demo.studio import Studio
-
-    return Studio(tiny_pipeline(LABELS))
 
 
 def generate(server, **order):
@@ -260,88 +223,6 @@ def test_nothing_was_asked_outside_this_machine(server, strangers):
     assert strangers == []
 
 
-def test_requests_out_of_range_are_refused_by_name(studio):
-    request = studio.request("disc", 2.0, 3.0, 4, 1)
-    assert (request.num_images, request.seed) == (2, 3) and isinstance(request.seed, int)
-    for order, reason in (
-        (("cat", 1, 0, 1, 1), "label 'cat'"),
-        (("disc", None, 0, 1, 1), "number of images 'None' is not a number"),
-        (("disc", 17, 0, 1, 1), "number of images 17 must be a whole number from 1 to 16"),
-        (("disc", 2.9, 0, 1, 1), "number of images 2.9 must be"),
-        (("disc", 1, "x", 1, 1), "seed 'x' is not a number"),
-        (("disc", 2, 2**32 - 1, 1, 1), f"seed 4294967295 must be a whole number from 0 to {2**32 - 2}"),
-        (("disc", 1, 0, 201, 1), "steps 201 must be a whole number from 1 to 200"),
-        (("disc", 1, 0, 1, 1e9), "guidance 1000000000.0 must be a number from 0 to 15"),
-        (("disc", 1, 0, 1, float("nan")), "guidance 'nan' is not a number"),
-        (("disc", 1, 0, 1, 1, None, 0.5, 2), r"guidance from and to \(0.5, 2\) must be two times"),
-    ):
-        with pytest.raises(UserError, match=reason):
-            studio.request(*order)
-
-
-def test_any_label_follows_the_seed(studio):
-    labels = studio.request("", 16, 5, 1, 1).label
-    assert set(labels) == set(LABELS) and studio.request("", 15, 6, 1, 1).label == labels[1:]
-
-
-def test_closing_stops_the_sampler_and_opens_the_lock(studio):
-    from calotype.demo import generate as tab
-
-    seen = []
-    real = studio.pipe.stream
-    studio.pipe.stream = lambda **order: (seen.append(event.step) or event for event in real(**order))
-    events = studio.develop(studio.request("disc", 1, 0, 50, 1))
-    next(events)
-    assert studio._lock.locked()
-    events.close()
-    assert seen == [1] and not studio._lock.locked()
-    *_, last = tab.developing(studio, "disc", 1, 0, False, 2, 1)
-    assert last[2].startswith("Seed 0 · 2 steps")
-    studio.pipe.stream = real
-
-
-def test_damaged_weights_are_a_clear_error(studio):
-    pipe = tiny_pipeline([])
-    pipe.unet.conv_in.bias.data.fill_(float("nan"))
-    broken = type(studio)(pipe)
-    with pytest.raises(UserError, match="not finite"):
-        list(broken.develop(broken.request("", 1, 0, 2, 1)))
-
-
-def test_page_without_labels(studio):
-    from calotype.demo import page
-
-    blocks = page.build(type(studio)(tiny_pipeline([])), "<plain>")
-    dropdown = next(block for block in blocks.blocks.values() if getattr(block, "label", "") == "Label")
-    assert not dropdown.visible
-    assert "&lt;plain&gt;" in page.masthead(studio, "<plain>")
-
-
-def test_a_text_model_is_asked_with_a_prompt(studio):
-    from models import pipeline, text_parts, text_unet
-
-    from calotype.demo import page
-
-    text_studio = type(studio)(pipeline(text_unet(), **text_parts()))
-    shown = {getattr(block, "label", "") for block in page.build(text_studio, "text").blocks.values()}
-    assert "Prompt" in shown and "Label" not in shown
-    drawn = [list(text_studio.develop(text_studio.request(prompt, 1, 0, 2, 1)))[-1] for prompt in ("a blue disc", "")]
-    assert drawn[0].images[0].tobytes() != drawn[1].images[0].tobytes()
-    for bad in (["a"], 7, "a" * 401):
-        with pytest.raises(UserError, match="prompt must be a text"):
-            text_studio.request(bad, 1, 0, 2, 1)
-    with pytest.raises(UserError, match="tokens"):
-        list(text_studio.develop(text_studio.request("a b c d e f g h i j k l m n o p", 1, 0, 2, 1)))
-
-
-def test_psnr():
-    from calotype.demo.codes import psnr
-
-    grey, lighter = Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 110)
-    assert psnr(grey, lighter) == pytest.approx(28.1308, abs=1e-3)
-    assert psnr(grey, grey) == float("inf")
-
-
 def test_model_is_found_in_a_run_or_by_itself(run, tmp_path):
     assert find(run) == find(run / "pipeline") == run / "pipeline"
     assert app.title_of(run / "pipeline") == "prints"
@@ -349,10 +230,10 @@ def test_model_is_found_in_a_run_or_by_itself(run, tmp_path):
         find(tmp_path)
 
 
-def test_port_in_use_is_a_user_error(server, studio):
+def test_port_in_use_is_a_user_error(server):
     from calotype.demo import page
 
     port = int(server.url.rstrip("/").rpartition(":")[2])
     with pytest.raises(UserError, match=f"--port {port}"):
-        app.serve(page.build(studio, "second"), port=port)
+        app.serve(page.build(None, "second"), port=port)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
