@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calotype.disk import DiskFull, files_of, make_folder, publish, refuse_full, sha256
+from calotype.disk import DiskFull, make_folder, publish, refuse_full, sha256, sync
 from calotype.disk import write_text as write_text  # it is also known by this name
 from calotype.errors import UserError, is_disk_full
 
@@ -151,11 +152,22 @@ def _write(temporary: Path, parts: dict[str, Tensors], state: dict[str, Any]) ->
     _remove_leftovers(temporary.parent)
     refuse_full(temporary.parent, sum(t.numel() * t.element_size() for part in parts.values() for t in part.values()))
     temporary.mkdir()
-    for name, tensors in parts.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-    (temporary / _STATE).write_text(json.dumps(state))
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files_of(temporary)}
+    settled: dict[str, Future[dict[str, Any]]] = {}
+    with ThreadPoolExecutor() as pool:  # the disk is busy with one file while the next is written
+        for name, tensors in parts.items():
+            file = temporary / f"{name}.safetensors"
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file)
+            settled[file.name] = pool.submit(_settle, file)
+        (temporary / _STATE).write_text(json.dumps(state))
+        settled[_STATE] = pool.submit(_settle, temporary / _STATE)
+    manifest = {name: entry.result() for name, entry in sorted(settled.items())}
     (temporary / _MANIFEST).write_text(_as_text(manifest))
+
+
+def _settle(file: Path) -> dict[str, Any]:
+    """Bring a file to the disk; returns its entry in the manifest."""
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _as_text(manifest: dict[str, dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from calotype.data import Batch, Share
@@ -73,11 +73,11 @@ def write_shard(file: Path, moments: dict[str, Tensor], labels: Tensor, captions
     tensors["label"] = labels.to(torch.int32)
     tensors["caption"] = torch.from_numpy(np.frombuffer(b"".join(texts), dtype=np.uint8).copy())
     tensors["caption_end"] = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
-    temporary = file.with_name(f".{file.name}")
-    save_file(tensors, temporary)
-    digest = sha256(temporary)
+    content = save(tensors)
+    temporary = file.with_name(f".{file.name}")  # safetensors' own has a random name, which a kill would leave for ever
+    temporary.write_bytes(content)
     rename_file(temporary, file)
-    return digest
+    return hashlib.sha256(content).hexdigest()
 
 
 class Shards:

@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,10 +46,19 @@ def train(root, recorder, until):
                 recorder.ack(step)
 
 
+class InTurn(ThreadPoolExecutor):
+    """One call after the other, so that it is certain what came before what."""
+
+    def submit(self, call, *inputs):
+        future = Future()
+        future.set_result(call(*inputs))
+        return future
+
+
 def recorded(root, work):
     root.mkdir()
     recorder = Recorder(root)
-    with recorder.on():
+    with recorder.on(), patch.object(checkpoint, "ThreadPoolExecutor", InTurn):
         work(root, recorder)
     return states(recorder.log)
 
@@ -249,7 +260,8 @@ def test_the_test_sees_what_breaks_the_law(tmp_path, monkeypatch, broken):
     else:
         spared = {"no sync": (True, True), "no sync of folders": (True, False), "no sync of files": (False, True)}
         folders, files = spared[broken]
-        monkeypatch.setattr(disk, "sync", lambda path: (folders if path.is_dir() else files) or sync(path))
+        for module in (disk, checkpoint):
+            monkeypatch.setattr(module, "sync", lambda path: (folders if path.is_dir() else files) or sync(path))
     all_states = recorded(tmp_path / "real", lambda root, recorder: train(root, recorder, 15))
     monkeypatch.undo()
 
