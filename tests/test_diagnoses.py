@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from calotype import checkpoint, cli
-from calotype.config import flag
+from calotype.complaints import flag
 from calotype.device import accelerator
 from calotype.sheet import read_sheet
 from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.diagnoses import Diagnoses
 from calotype.stage1_vae.regularizers import VectorQuantization
 from calotype.stage1_vae.train import VaeStage
+from calotype.stage2_diffusion.config import DiffusionSettings
+from calotype.stage2_diffusion.diagnoses import Diagnoses as UnetDiagnoses
+from calotype.stage2_diffusion.train import DiffusionStage
 
 WELL = {"psnr": 24.0, "psnr[train]": 24.5, "active_units": 1.0, "latent_std": 1.0, "code_usage": 0.9}
 WELL |= {"perplexity": 300.0, "discriminator_accuracy": 0.7}
@@ -102,7 +105,8 @@ def test_what_was_said_goes_through_json():
 
 
 def stage(finished, **more):
-    given = dict(source="", out="", width=8, factor=2, batch_size=8, precision="fp32", learn_variance=True) | more
+    given = dict(source="", out="", width=8, factor=2, batch_size=8, precision="fp32") | more
+    given |= {} if "regularizer" in more else {"learn_variance": True}
     found = VaeStage(VaeSettings(**given), read_sheet(finished / "data.json"), accelerator("fp32"))
     with torch.no_grad():  # a fresh encoder's latents are narrow; these have unit variance
         if found.settings.regularizer == "kl":
@@ -157,6 +161,45 @@ def test_a_discriminator_that_was_trained_alone_wins(finished):
     assert diagnosed(found) == []
     found.adversary.state["began"] = -found.settings.adversarial_pretraining
     assert diagnosed(found) == ["The discriminator wins"]
+
+
+# A diffusion model
+
+
+def of_unets(*losses, step=100, progress=0.5):
+    diagnoses = UnetDiagnoses(lambda: 2.0)
+    return [diagnoses.of({"loss": loss}, step, progress) for loss in losses]
+
+
+def test_a_network_that_is_hardly_better_than_zero_is_told_once():
+    (first,), second, well, (again,) = of_unets(1.9, 1.85, 1.0, 5.0)
+    assert second == well == () and "1.9" in first and "answering zero makes 2" in first
+    assert "--lr" in first and again.startswith("The network has learnt hardly anything")
+    assert of_unets(1.79) == [()] == of_unets(1.99, step=49) == of_unets(1.99, progress=0.19)
+    assert len(of_unets(float("nan"))[0]) == 1
+
+
+def test_a_held_out_error_that_rises_is_over_fitting():
+    quiet, told, same, quiet_again = of_unets(1.0, 1.11, 1.2, 1.0)
+    assert (quiet, same, quiet_again) == ((), (), ()) and of_unets(1.0, 1.09) == [(), ()]
+    assert told[0].startswith("Over-fitting: the held-out error is 1.11, 11% above its best of 1;")
+    flags = set(re.findall(r"--[a-z0-9-]+", told[0]))
+    assert flags == {"--flip", "--width"} <= {flag(field) for field in (*VaeSettings.model_fields,)}
+
+
+def test_the_error_of_zero_is_the_mean_square_of_what_is_predicted(finished):
+    """Of the latents themselves for x0; of the noise for epsilon, which is 1 but for chance."""
+    given = dict(out="", latents=finished / "latents", width=16, batch_size=8, precision="fp32")
+
+    def found(objective):
+        settings = DiffusionSettings(**given, objective=objective)
+        return DiffusionStage(settings, finished / "stage1_vae/vae", accelerator("fp32"))
+
+    clean = found("x0")
+    z = clean._held_out_batch(list(range(len(clean.held_out))), 0).x
+    assert clean.error_of_zero == pytest.approx(z.square().mean().item(), rel=1e-5)
+    assert found("epsilon").error_of_zero == pytest.approx(1, rel=0.1)
+    assert found("flow").error_of_zero == pytest.approx(1 + clean.error_of_zero, rel=0.1)
 
 
 # Runs
