@@ -135,7 +135,8 @@ class Trial:
         """As gradio_client's job.cancel()."""
         response, session = await self.visitor.join("generate", self.order(1, LONG))
         event = response.json()["event_id"]
-        return await self._while_drawing(session, "cancel", {"session_hash": session, "event_id": event, "fn_index": 0})
+        body = {"session_hash": session, "event_id": event, "fn_index": self.visitor.calls["generate"]["id"]}
+        return await self._while_drawing(session, "cancel", body)
 
     async def stop(self) -> int:
         """As the button Stop."""

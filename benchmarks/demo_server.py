@@ -3,7 +3,7 @@
     python -m benchmarks.demo_server FOLDER MODEL [FLAGS OF calotype demo]
 
 FOLDER gets two files that this process writes and others read: `counts`, with the evaluations of the denoiser and how
-often anything but this machine was looked up or connected to, and `opened`, with the path of each file on a line.
+often anything but this machine was looked up or connected to, and `opened`, with the path of each file and a NUL.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Demo:
     @property
     def opened(self) -> list[str]:
         """The files that it opened so far."""
-        return self._opened.read_text(errors="replace").splitlines()
+        return self._opened.read_text(errors="replace").split("\0")[:-1]
 
     @property
     def log(self) -> str:
@@ -176,7 +176,7 @@ def main() -> int:
 
     def watch(event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], str | bytes):
-            os.write(opened, os.path.abspath(os.fsencode(args[0])) + b"\n")
+            os.write(opened, os.path.abspath(os.fsencode(args[0])).replace(b"\0", b"%00") + b"\0")
         if event == "socket.getaddrinfo" and args[0] not in _HERE:
             counts.add(strangers=1)
         if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in _HERE:

@@ -187,7 +187,7 @@ def bombs() -> dict[str, bytes]:
         "widest": flat_png(2**31 - 1, 1),
         "16 bits": flat_png(30_000, 30_000, 16, 2),
         "just too large": saved(Image.new("1", (4001, 4000)), "PNG"),
-        "a line": saved(Image.new("L", (65_000, 200)), "PNG"),
+        "a line": saved(Image.new("L", (65_000, 300)), "PNG"),
         "text": saved(Image.new("RGB", (9, 9)), "PNG", pnginfo=text),
         "profile": profile,
         "frames": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
