@@ -3,17 +3,19 @@
 Each is one sentence with a way out, said when it first shows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from calotype.data import evenly_spaced
 from calotype.errors import UserError
 from calotype.latents import LatentCache
 from calotype.stage2_diffusion.denoiser import Prediction
+from calotype.stage2_diffusion.objectives import Objective
 
 _SETTLED = 0.2  # of the run: before that nothing is what it will be
 _YOUNG = 50  # steps, in a run that is very short
@@ -68,9 +70,14 @@ class Diagnoses:
         )
 
 
-class Zero(torch.nn.Module):
+def error_of_zero(objective: Objective, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """The mean error of a network that always answers zero, over latents and noise (B, c, h, w) and times (B,)."""
+    return torch.cat([objective.errors(Zero(), z, None, eps, u) for z, eps, u in batches]).mean().item()
+
+
+class Zero(nn.Module):
     """A network that always answers zero."""
 
-    def forward(self, z_t: torch.Tensor, t: torch.Tensor, given: Any) -> Prediction:
+    def forward(self, z_t: Tensor, t: Tensor, given: Any) -> Prediction:
         """Zeros of the shape of z_t (B, c, h, w)."""
         return Prediction(torch.zeros_like(z_t))

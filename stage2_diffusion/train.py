@@ -28,7 +28,7 @@ from calotype.stage import Review
 from calotype.stage2_diffusion import conditioning, models, text
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.denoiser import Denoiser, Uncertainty
-from calotype.stage2_diffusion.diagnoses import Diagnoses, Zero, refuse_strange_latents
+from calotype.stage2_diffusion.diagnoses import Diagnoses, error_of_zero, refuse_strange_latents
 from calotype.stage2_diffusion.objectives import Objective
 from calotype.stage2_diffusion.preview import Watch, sample_sheet
 
@@ -183,8 +183,7 @@ class DiffusionStage:
         """The mean error on held-out latents of a network that always answers zero."""
         items = evenly_spaced(len(self.held_out), _VALIDATION_LATENTS)
         parts = (self._held_out_batch(items[start : start + 64], start) for start in range(0, len(items), 64))
-        errors = [self.objective.errors(Zero(), part.x, None, *self._noise(part, "validation")) for part in parts]
-        return torch.cat(errors).mean().item()
+        return error_of_zero(self.objective, ((part.x, *self._noise(part, "validation")) for part in parts))
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
