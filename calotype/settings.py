@@ -11,7 +11,7 @@ from calotype.changes import Allowed, Fixed, Free
 from calotype.config import Count, DataSettings, Maybe, Minutes, Preset, Rate, Seed, Settings, Steps, Weight
 
 Source = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
-Models = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]
+Models = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="(required)")]
 Run = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 
 
