@@ -14,8 +14,9 @@ PARTS = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
 
 
 def autoencoder(regularizer, **more):
-    settings = VaeSettings(source="", out="", width=8, factor=2, latent_channels=2, codebook=16, levels="5,4", **more)
-    return models.build(settings.model_copy(update={"regularizer": regularizer}), channels=1, size=(8, 8))
+    more |= {"vq": {"codebook": 16}, "fsq": {"levels": "5,4"}}.get(regularizer, {})
+    settings = VaeSettings(source="", out="", width=8, factor=2, latent_channels=2, regularizer=regularizer, **more)
+    return models.build(settings, channels=1, size=(8, 8))
 
 
 def reached(loss, model):
