@@ -108,14 +108,24 @@ def about_words(cls: type[BaseModel], argv: list[str], prog: str, filled: dict[s
         if complaint := describe(error, cls, set(given)):
             return complaint
     missing = next((n for n in cls.model_fields if is_required(cls, n) and n not in filled | given), None)
-    return missing and f"{called(cls, missing)} is missing; give one ({cls.model_fields[missing].description})."
+    if missing:
+        return f"{called(cls, missing)} is missing; give one ({cls.model_fields[missing].description})."
+    many = next((name for name in placed if _takes_many(cls, name)), None)
+    return many and f"{called(cls, many)} {shown(loose[-1])} stands apart; give all of them together, before the flags."
 
 
-def empty_word(cls: type[BaseModel], argv: list[str]) -> str | None:
-    """The complaint about a path or source that is empty, as an unset variable of a shell is; or None."""
-    given, loose, _ = _sorted(cls, argv, "")
+def hopeless_word(cls: type[BaseModel], argv: list[str], prog: str) -> str | None:
+    """The complaint about a path or source that is empty, as an unset variable of a shell is, or about an endless flag.
+
+    A parser of command lines takes the one for the folder it is in, and compares the other with every flag for seconds.
+    """
+    given, loose, complaint = _sorted(cls, argv, prog)
+    if complaint and any(_is_flag(word) and len(word.partition("=")[0]) > _MOST for word in argv):
+        return complaint
     for name, value in (given | _placed(cls, loose)[0]).items():
-        if value in ("", [""]) and is_required(cls, name) | (Path in _members(cls.model_fields[name].annotation)):
+        if (value == "" or (isinstance(value, list) and "" in value)) and is_required(cls, name) | (
+            Path in _members(cls.model_fields[name].annotation)
+        ):
             return f"{called(cls, name)} is empty; {way_out(cls, name)}"
     return None
 

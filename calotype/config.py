@@ -12,7 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
-from calotype.complaints import about_words, called, describe, empty_word, example, is_required, shown, unknown_key
+from calotype.complaints import about_words, called, describe, example, hopeless_word, is_required, shown, unknown_key
 from calotype.errors import UserError
 
 Preset = Literal["tiny", "small", "base", "large"]
@@ -198,7 +198,7 @@ def height_width(image_size: str) -> tuple[int, int]:
 
 def parse(cls: type[Settings], argv: list[str], prog: str) -> Settings:
     """Settings from flags, over those of `--config FILE`, over the preset; raises UserError in one line."""
-    if complaint := empty_word(cls, argv):
+    if complaint := hopeless_word(cls, argv, prog):
         raise UserError(complaint)
     argv, config_file = _take(argv, "--config")
     given = read_settings(cls, Path(config_file)) if config_file else {}

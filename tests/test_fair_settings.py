@@ -170,6 +170,7 @@ def outcome(words, capsys):
             return None, traceback.format_exc()
         finally:
             signal.alarm(0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
     said = capsys.readouterr().err.splitlines()
     return code, said[-1] if code else ""
 
