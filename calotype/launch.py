@@ -6,6 +6,7 @@ python -m calotype.launch --nproc_per_node=2 -m calotype.stage1_vae.train ...
 import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -13,7 +14,7 @@ _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}  # what the launcher does to 
 
 
 def main(words: list[str]) -> int:
-    """Run to the end; returns 0, the exit code of the process that failed first, or 128 + its signal."""
+    """Run to the end; returns 0, the exit code of the process that failed first, or 128 + the signal that ended it."""
     try:
         torchrun(words)
     except ChildFailedError as error:
@@ -22,6 +23,8 @@ def main(words: list[str]) -> int:
             f"calotype: process {rank} of the run {ending(failure.exitcode)}; the others were stopped.", file=sys.stderr
         )
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stop:  # the processes have been told, and have saved
+        return 128 + stop.sigval
     return 0
 
 
