@@ -18,8 +18,9 @@ from calotype.complaints import flag
 from calotype.config import PRESET_IMAGE_SIZE, height_width
 from calotype.data_change import holds_other_pictures
 from calotype.errors import UserError
+from calotype.feasible import refuse_what_pictures_lack
 from calotype.lock import claimed
-from calotype.sheet import Sheet, read_sheet, refuse_flip
+from calotype.sheet import read_sheet
 
 # Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
 _STAGE1_UNTIL, _STAGE2_UNTIL = 0.36, 0.92
@@ -44,7 +45,7 @@ def main(settings) -> None:
     began = time.monotonic()
     with claimed(out) if out.exists() else nullcontext():  # a source that is refused leaves no folder behind
         _execute(data_command(settings), settings.nproc)
-        _refuse_what_the_pictures_lack(settings, read_sheet(out / "data.json"))
+        refuse_what_pictures_lack(settings, read_sheet(out / "data.json"))
     with claimed(out):
         log = _begin(settings, config, time.monotonic() - began)
         log.accept(changes)
@@ -245,24 +246,6 @@ def _refuse_what_cannot_work(settings) -> None:
                 f"--batch-size {stage.batch_size} must be a multiple of --nproc {settings.nproc}; "
                 f"try {max(1, stage.batch_size // settings.nproc) * settings.nproc}."
             )
-
-
-def _refuse_what_the_pictures_lack(settings, sheet: Sheet) -> None:
-    """Find what stage 2 would refuse, before stage 1 is trained for it."""
-    refuse_flip(settings.flip, sheet)
-    kind, _, shrunk = (settings.condition or "none").partition(":")
-    if kind == "class" and not sheet.classes:
-        raise UserError(f"--condition class: the pictures of {settings.source} have no classes; give none or text.")
-    if kind == "text" and not sheet.captions:
-        raise UserError(
-            f"--condition text: no picture of {settings.source} has a caption; give them in metadata.jsonl, or as "
-            "x.txt beside x.jpg."
-        )
-    if kind == "superres" and min(sheet.image_size) < int(shrunk):
-        raise UserError(
-            f"--condition {settings.condition}: pictures of {'x'.join(map(str, sheet.image_size))} cannot be made so "
-            "much smaller; try superres:2."
-        )
 
 
 def _foreign_factor(settings) -> int:
