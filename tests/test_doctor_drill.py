@@ -32,7 +32,7 @@ if "calotype.doctor_watch" in sys.orig_argv:
 
 
 def call(out, *words, limit=None, **environment):
-    """Run the doctor to its end; returns the exit code, {row: verdict}, everything that it said."""
+    """Run the doctor to its end; returns the exit code, {row: verdict}, everything that it said, unwrapped."""
     done = subprocess.run(
         [*DOCTOR, "--out", str(out), *words],
         env=os.environ | environment,
@@ -46,7 +46,7 @@ def call(out, *words, limit=None, **environment):
     assert "Traceback" not in said and done.stderr == "", said
     cells = [line.split("  ") for line in done.stdout.splitlines() if line[:1].strip()]
     rows = {row[0]: next((cell.strip() for cell in row[1:] if cell), "") for row in cells}
-    return done.returncode, rows, said
+    return done.returncode, rows, " ".join(said.split())
 
 
 def test_all_of_it_passes_here_within_a_minute_of_work(tmp_path):
