@@ -10,8 +10,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 from calotype.errors import UserError, is_disk_full
 
@@ -110,6 +111,42 @@ def unless_full(say: Callable[[str], None], what: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         say(f"no space left for {what}; the run goes on without.")
+
+
+@contextmanager
+def lines_as_room_allows() -> Iterator[None]:
+    """What is printed into a file on a full disk is lost; it does not end the run."""
+    if sys.stdout.isatty():
+        yield
+        return
+    with redirect_stdout(_AsRoomAllows(sys.stdout)):
+        yield
+
+
+class _AsRoomAllows:
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _if_room():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _if_room():
+            self._stream.flush()
+
+
+@contextmanager
+def _if_room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calotype import checkpoint
 from calotype.changes import Changed
 from calotype.config import TrainSettings
-from calotype.disk import unless_full
+from calotype.disk import lines_as_room_allows, unless_full
 from calotype.errors import UserError
 from calotype.guards import Back, Guard, Window, read
 from calotype.lock import claimed
@@ -59,7 +59,7 @@ class Run:
 
     def train(self) -> None:
         """Step until the end is reached or a signal comes; then save, and at the end export."""
-        with Interruption() as interruption:
+        with lines_as_room_allows(), Interruption() as interruption:
             batches = self.stage.batches(self.at_step)
             progress = self.pace.progress(self.at_step)
             while progress < 1:
