@@ -24,7 +24,7 @@ import torch
 from benchmarks.tiny import CONDITIONS, MEMBERS, diffusion_flags, vae_flags, write_pictures
 from calotype import checkpoint, cli
 
-STEPS, INTERVAL = 40, 2
+STEPS, INTERVAL = 30, 2
 SUBJECTS = ["vqgan", "cache", "class", "kl"]
 _BY_THE_CLOCK = ("seconds", "images_per_second")
 
