@@ -1,5 +1,6 @@
 """Pictures of a data sheet, and batches of them by position."""
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain, count
@@ -153,6 +154,9 @@ class PictureBatches:
                 yield next(batches)
             except UserError as error:  # a worker sends it with all its traceback
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+            except (OSError, EOFError):  # a dying worker's pipe breaks a moment before torch hears of its death,
+                time.sleep(1)  # and names it here
+                raise
 
 
 class Share(NamedTuple):
