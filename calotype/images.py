@@ -5,8 +5,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from calotype.picture_files import MAX_PIXELS as MAX_PIXELS
 from calotype.picture_files import UnreadableImage as UnreadableImage
@@ -32,14 +30,15 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Imag
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return transforms.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     # Cropped before it is resized: a very long strip would otherwise become gigantic on the way.
     scale = max(size[0] / image.height, size[1] / image.width)
-    box = [max(1, round(side / scale)) for side in size]
-    return _resize(transforms.center_crop(image, box), size)
+    height, width = (max(1, round(side / scale)) for side in size)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return _resize(image.crop((left, top, left + width, top + height)), size)
 
 
 def _pad(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -60,12 +59,14 @@ def _edge_colour(image: Image.Image) -> tuple[int, ...]:
 
 def to_uint8(image: Image.Image) -> torch.Tensor:
     """The pixels of a picture as uint8 (C, H, W)."""
-    return transforms.pil_to_tensor(image)
+    x = torch.from_numpy(np.array(image))
+    return x.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def to_pil(pixels: torch.Tensor) -> Image.Image:
     """A picture from uint8 pixels (C, H, W) with one or three channels."""
-    return transforms.to_pil_image(pixels.cpu())
+    x = pixels.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(x[..., 0] if x.shape[2] == 1 else x)
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
