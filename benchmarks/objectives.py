@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -88,11 +89,11 @@ class Judge:
         batches = (torch.stack([pictures[i] for i in part]) for part in torch.arange(len(pictures)).split(500))
         self.reference = self.network.of(batches, device.device())
 
-    def score(self, x: Tensor) -> dict[str, float]:
-        """Fréchet distance of at most 1,000 uint8 pictures (n, C, H, W), for it falls with n, and kernel distance."""
+    def score(self, x: Tensor, compared: int = _COMPARED) -> dict[str, float]:
+        """Fréchet distance of so many of uint8 pictures (n, C, H, W), for it falls with n, and kernel distance."""
         features = self.network.of(x.split(500), device.device())
         return {
-            "fid[own]": frechet_distance(moments(features[:_COMPARED]), moments(self.reference)),
+            "fid[own]": frechet_distance(moments(features[:compared]), moments(self.reference)),
             "kid[own]": kernel_distance(features, self.reference),
         }
 
@@ -102,64 +103,81 @@ class Trial:
 
     def __init__(self, args, name: str, seed: int, judge: Judge):
         self.args, self.name, self.seed, self.judge = args, name, seed, judge
-        latents, vae = args.run / "latents", args.run / "stage1_vae" / "vae"
-        words = ["--latents", latents, "--vae", vae, "--out", "unused", "--seed", seed, "--steps", 1_000_000]
-        words += [*VARIANTS[name], *args.more]
-        self.settings = parse(DiffusionSettings, [str(word) for word in words], "objectives")
-        self.stage = DiffusionStage(self.settings, vae, device.accelerator("auto"))
+        self.stage = make_stage(args.run, seed, [*VARIANTS[name], *args.more])
 
     def rows(self) -> list[dict]:
         """Train to the end of the time, with a look at the samples on the way."""
-        found, spent, step = [], 0.0, 0
-        batches, marks = self.stage.batches(0), [share * self.args.cpu_seconds for share in _CURVE]
-        while spent < self.args.cpu_seconds:
-            began = time.process_time()
-            factor = learning_rate_factor(self.settings, step, min(spent / self.args.cpu_seconds, 1))
-            for group in self.stage.optimizer.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            self.stage.step(next(batches), step)
-            step, spent = step + 1, spent + time.process_time() - began
+        found, end = [], self.args.cpu_seconds
+        marks = [share * end for share in _CURVE]
+        for step, spent in train(self.stage, end):
             if marks and spent >= marks[0]:
                 found.append(self._row(marks.pop(0), step, 1.0, _CURVE_SAMPLES))
-        end = self.args.cpu_seconds
         return found + [self._row(end, step, guidance, self.args.n) for guidance in self.args.guidance]
 
     def _row(self, seconds: float, step: int, guidance: float, count: int) -> dict:
-        x = self._draw(guidance, count)
+        x = draw(self.stage, guidance, count, self.args.steps, 100_000 * (1 + self.seed))
         folder = self.args.out / self.name.replace(" ", "_") / f"{self.seed}" / f"{seconds:.0f}s" / f"g{guidance}"
-        self._write(x, folder)
+        write(x, self.stage.class_names, folder)
         row = {"variant": self.name, "seed": self.seed, "cpu_seconds": seconds, "steps": step, "guidance": guidance}
         row |= {"n": count, "evaluations": self.args.steps, "samples": str(folder)} | self.judge.score(x)
         print(row, flush=True)
         return row
 
-    @torch.no_grad()
-    def _draw(self, guidance: float, count: int) -> Tensor:
-        """Pictures uint8 (n, C, H, W), the classes in turn."""
-        pipe, drawn = self.stage.pipeline(), []
-        classes = len(self.stage.class_names)
-        for start in range(0, count, 250):
-            here = min(250, count - start)
-            labels = [(start + i) % classes for i in range(here)] if classes else None
-            with device.autocast("auto"):
-                drawn.append(
-                    pipe(
-                        labels,
-                        here,
-                        seed=100_000 * (1 + self.seed) + start,
-                        num_inference_steps=self.args.steps,
-                        guidance_scale=guidance,
-                        output_type="pt",
-                    ).images
-                )
-        return (torch.cat(drawn) * 255).round().byte()
 
-    def _write(self, x: Tensor, folder: Path) -> None:
-        names = self.stage.class_names or ["all"]
-        for name in names:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(x):
-            to_pil_image(picture).save(folder / names[i % len(names)] / f"{i:05d}.png")
+def make_stage(run: Path, seed: int, words: list[str]) -> DiffusionStage:
+    """Stage 2 as flags say, on the latents and the autoencoder of a run; it writes nothing."""
+    latents, vae = run / "latents", run / "stage1_vae" / "vae"
+    words = ["--latents", latents, "--vae", vae, "--out", "unused", "--seed", seed, "--steps", 1_000_000, *words]
+    settings = parse(DiffusionSettings, [str(word) for word in words], "objectives")
+    return DiffusionStage(settings, vae, device.accelerator("auto"))
+
+
+def train(stage: DiffusionStage, seconds: float) -> Iterator[tuple[int, float]]:
+    """Steps, and seconds that they have taken, one pair a step; the learning rate follows that clock to its end."""
+    batches, spent, step = stage.batches(0), 0.0, 0
+    while spent < seconds:
+        set_learning_rate(stage, step, min(spent / seconds, 1))
+        began = now()
+        stage.step(next(batches), step)
+        step, spent = step + 1, spent + now() - began
+        yield step, spent
+
+
+def set_learning_rate(stage: DiffusionStage, step: int, progress: float) -> None:
+    """What the loop would set before a step, at that share of the run."""
+    for group in stage.optimizer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * learning_rate_factor(stage.settings, step, progress)
+
+
+def now() -> float:
+    """CPU seconds of this process; where a GPU does the work, seconds on the wall once it has done all."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def draw(stage: DiffusionStage, guidance: float, count: int, steps: int, seed: int) -> Tensor:
+    """Pictures uint8 (n, C, H, W) from seeds that follow each other, the classes in turn."""
+    pipe, drawn = stage.pipeline(), []
+    classes = len(stage.class_names)
+    order = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+    for start in range(0, count, 250):
+        here = min(250, count - start)
+        labels = [(start + i) % classes for i in range(here)] if classes else None
+        with device.autocast("auto"):
+            drawn.append(pipe(labels, here, seed=seed + start, **order).images.cpu())
+    return (torch.cat(drawn) * 255).round().byte()
+
+
+def write(x: Tensor, class_names: list[str], folder: Path) -> None:
+    """PNG files in a folder for each class, which took turns."""
+    names = class_names or ["all"]
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(x):
+        to_pil_image(picture).save(folder / names[i % len(names)] / f"{i:05d}.png")
 
 
 def print_table(rows: list[dict], args) -> None:
