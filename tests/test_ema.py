@@ -27,6 +27,23 @@ def test_average_equals_the_closed_form_of_the_power_profile():
     assert abs(ema.model.weight[0, 0].item() - float(np.dot(weights, history))) < 1e-5
 
 
+def test_late_in_a_run_every_fourth_step_stands_for_four():
+    """Against the integral of the profile over all steps: weights that move slowly are averaged alike."""
+    model, steps = nn.Linear(1, 1, bias=False), 4000
+    ema = PowerEma(model, width=0.05)
+    slow = np.sin(np.arange(1, steps + 1) / 50)
+    changes = 0
+    for step, value in enumerate(slow, start=1):
+        with torch.no_grad():
+            model.weight.fill_(float(value))
+        before = ema.model.weight.item()
+        ema.update(model, step)
+        changes += ema.model.weight.item() != before
+    weights = np.diff(np.arange(steps + 1, dtype=np.float64) ** (gamma_of_width(0.05) + 1))
+    assert abs(ema.model.weight.item() - np.dot(weights, slow) / weights.sum()) < 0.02 * slow.std()
+    assert changes == 1000 + 3000 // 4
+
+
 def test_width_is_the_relative_deviation_of_the_profile():
     for width in (0.05, 0.1, 0.2):
         gamma = gamma_of_width(width)
