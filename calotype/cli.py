@@ -13,6 +13,7 @@ from calotype.lock import refuse_held
 # command: (settings, function, one line of help); names only, so that --help imports no torch
 COMMANDS = {
     "run": ("calotype.settings:RunSettings", "calotype.run:main", "all of it: pictures to model, report and samples"),
+    "plan": ("calotype.settings:PlanSettings", "calotype.plan:main", "what can be trained in so many hours here"),
     "data": ("calotype.settings:SheetSettings", "calotype.sheet:main", "read a source and write its data sheet"),
     "data check": (
         "calotype.settings:CheckSettings",
@@ -96,11 +97,16 @@ COMMANDS = {
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 
+_DRAWS = ("generate", "edit", "interpolate", "demo")  # with a model that they name, and with nothing else of diffusers
 _ALONE = ("run", "train-vae", "encode", "train-diffusion")  # in their --out; a second one is refused at once
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 for a user's error, 130 after Ctrl-C)."""
+    """Run one command; returns the exit code (2 for a user's error, 130 after Ctrl-C).
+
+    Without `argv` the process is taken to be ours alone, as it is for the script `calotype`.
+    """
+    ours = argv is None
     if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a training to save; to others it must not mean death
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -112,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"calotype {__version__}")
             return 0
         words = 2 if " ".join(argv[:2]) in COMMANDS else 1  # a folder called check is ./check
-        return run(" ".join(argv[:words]), argv[words:])
+        return run(" ".join(argv[:words]), argv[words:], ours)
     except UserError as error:
         print(f"calotype: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -145,8 +151,8 @@ def _of_the_system(error: Exception) -> str | None:
     return None
 
 
-def run(command: str, argv: list[str]) -> int:
-    """Parse the flags of one command and call it; raises UserError."""
+def run(command: str, argv: list[str], ours: bool = False) -> int:
+    """Parse the flags of one command and call it; raises UserError. `ours`: no other has a use for this process."""
     # Nothing is fetched unless somebody asks for it, and nothing reports home.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -154,6 +160,10 @@ def run(command: str, argv: list[str]) -> int:
     settings = settings_of([command, *argv])
     if command in _ALONE:
         refuse_held(settings.out)
+    if ours and command in _DRAWS:
+        from calotype.lean import import_diffusers
+
+        import_diffusers(settings.models if command == "demo" else [settings.model])
     return _load(COMMANDS[command][1])(settings) or 0
 
 

@@ -34,7 +34,7 @@ def main(settings) -> int:
         sys.stdout.reconfigure(errors="replace")
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     began = time.monotonic()
-    with _leaving_on_signals():
+    with leaving_on_signals():
         groups = _examine(settings, console)
     findings = [finding for group in groups for finding in group]
     console.print(_table(groups))
@@ -120,7 +120,7 @@ def _where(out: Path | None, room: Path) -> Finding:
 
 
 @contextlib.contextmanager
-def _leaving_on_signals() -> Iterator[None]:
+def leaving_on_signals() -> Iterator[None]:
     """What ends a process from outside leaves as Ctrl-C does: everything is cleared away first."""
 
     def leave(number: int, _frame) -> None:

@@ -23,7 +23,7 @@ from calotype.lock import claimed
 from calotype.sheet import read_sheet
 
 # Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
-_STAGE1_UNTIL, _STAGE2_UNTIL = 0.36, 0.92
+STAGE1_UNTIL, STAGE2_UNTIL = 0.36, 0.92
 _SHARED = ("preset", "seed", "precision", "checkpoint_every", "batch_size", "lr", "steps", "allow_data_change")
 _MODULES = {"train-vae": "calotype.stage1_vae.train", "train-diffusion": "calotype.stage2_diffusion.train"}
 _COMMANDS = ("train-vae", "encode", "train-diffusion", "export", "evaluate")
@@ -74,7 +74,7 @@ def command(name: str, settings, spent: float) -> list[str]:
             kept = ("preset", "seed", "precision", "allow_data_change")
             own = ["--init", str(settings.vae), "--steps", "0", *_flags(settings, kept)]
         else:
-            own = [*_flags(settings, names), *_minutes(settings, _STAGE1_UNTIL, spent)]
+            own = [*_flags(settings, names), *_minutes(settings, STAGE1_UNTIL, spent)]
         return ["train-vae", sheet, *own, "--out", str(out / "stage1_vae")]
     if name == "encode":
         own = [*_flags(settings, ("flip", "precision", "allow_bad", "allow_data_change"))]
@@ -82,7 +82,7 @@ def command(name: str, settings, spent: float) -> list[str]:
         return ["encode", sheet, "--vae", vae, *own, "--out", latents]
     if name == "train-diffusion":
         names = (*_SHARED, "condition", "objective")
-        own = [*_flags(settings, names), *_minutes(settings, _STAGE2_UNTIL, spent)]
+        own = [*_flags(settings, names), *_minutes(settings, STAGE2_UNTIL, spent)]
         return ["train-diffusion", "--latents", latents, "--vae", vae, *own, "--out", str(out / "stage2_diffusion")]
     if name == "export":
         return ["export", "--run", str(out), "--out", str(out / "pipeline")]

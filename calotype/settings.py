@@ -77,6 +77,18 @@ class RunSettings(DataSettings):
     fresh: Free[bool] = Field(False, description="throw away what --out holds and begin again")
 
 
+class PlanSettings(DataSettings):
+    """Measure this machine for a minute, and say what can be trained from these pictures in that time, and how."""
+
+    source: tyro.conf.Positional[Source] = Field(description="shapes, shapes:full or a folder of pictures")
+    hours: Annotated[float, Field(gt=0, le=87_600)] = Field(description="time for all of it, such as 2 or 0.5")
+    preset: Maybe[Preset] = Field(None, description="keep to this one (default: the largest that is worth it)")
+    factor: Maybe[Literal[2, 4, 8, 16, 32]] = Field(None, description="keep to this one (default: by size and time)")
+    batch_size: Maybe[Count] = Field(None, ge=1, description="keep to this one (default: what fits into memory)")
+    out: Maybe[Path] = Field(None, description="folder of the run in the command that is printed (default: runs/NAME)")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+
+
 class ExportSettings(Settings):
     """Put the parts of a run into one folder that diffusers loads."""
 
