@@ -175,20 +175,52 @@ def _stage_2(source: Source, costs: Costs, budget: float, steps: int | None) -> 
 
 
 def _training(stage: StageCost, budget: float, read: float, most: int | None, steps: int | None) -> tuple[int, float]:
-    """Steps and seconds of a stage's loop without what ends it; each picture costs `read`, for `most` of them at most.
+    """Steps and seconds of a stage's loop without what ends it; `most` pictures cost `read` each, once.
 
-    The validations but the last lie within the loop.
+    It validates whenever another eighth of the time has gone by; one that takes longer is followed by the next at once.
     """
-    looks = min(stage.validations - 1, int(budget / (stage.look + stage.step))) if steps is None else 7
-    looking = max(looks - 1, 0) * stage.look + (stage.first_look if looks else 0.0)
-    step = stage.step + stage.checkpoint / stage.checkpoint_every
-    if steps is not None:
-        return steps, looking + steps * step + read * min(steps * stage.batch, most or math.inf)
-    left = max(budget - looking, 0.0)
-    count = left / (step + stage.batch * read)
-    if most is not None and count * stage.batch > most:
-        count = (left - most * read) / step
-    return max(1, int(count)), max(budget, looking + step)
+    pace = _Pace(stage, read, math.inf if most is None else most)
+    clock, count, looks, reached = 0.0, 0.0, 0, 0
+    eighth = budget / stage.validations
+    while clock < budget:
+        taken = max(1.0, pace.steps((reached + 1) * eighth - clock, count))
+        clock += pace.seconds(taken, count)
+        count += taken
+        reached = math.floor(clock / eighth + 1e-9)
+        if reached < stage.validations:
+            clock += stage.look if looks else stage.first_look
+            looks += 1
+    if steps is None:
+        return max(1, int(count)), clock
+    return steps, pace.seconds(steps, 0.0) + looks * stage.look + (stage.first_look - stage.look if looks else 0.0)
+
+
+class _Pace(NamedTuple):
+    """How fast a loop goes while pictures must still be read, `most` of them, and afterwards."""
+
+    stage: StageCost
+    read: float
+    most: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step whose pictures are there, with its share of a checkpoint."""
+        return self.stage.step + self.stage.checkpoint / self.stage.checkpoint_every
+
+    def steps(self, seconds: float, done: float) -> float:
+        """How many are taken in this time after so many."""
+        slow = self.step + self.stage.batch * self.read
+        seconds = max(seconds, 0.0)
+        first = min(seconds, self._unread(done) * slow)
+        return first / slow + (seconds - first) / self.step
+
+    def seconds(self, steps: float, done: float) -> float:
+        """What so many take after so many."""
+        return steps * self.step + min(steps, self._unread(done)) * self.stage.batch * self.read
+
+    def _unread(self, done: float) -> float:
+        """Steps until every picture is there."""
+        return max(self.most / self.stage.batch - done, 0.0)
 
 
 def _left_behind(stage: StageCost, steps: int) -> int:
