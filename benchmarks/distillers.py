@@ -102,7 +102,7 @@ def main() -> int:
     networks = [own(sheet, args.run / "evaluation" / "own", args.precision).network, gradients()]
     real = {n.name: reference(args.run / "evaluation", "val", Pictures(sheet, "val"), n) for n in networks}
     pipe = assemble(args.run).to(device.device())
-    device.choose_attention(pipe.unet)
+    device.for_drawing(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     x = drawn(pipe, Way("teacher", pipe.default_steps, 0, 0, {}), args)
     teacher = {key: value for n in networks for key, value in distances(n, real[n.name], x, None).items()}

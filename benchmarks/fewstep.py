@@ -60,7 +60,7 @@ def main() -> int:
     torch.set_num_threads(1)
     pipe = assemble(args.run).to(device.device())
     for part in (pipe.unet, pipe.student, pipe.vae):
-        device.choose_attention(part)
+        device.for_drawing(part)
     pipe.tiny_decoder.to(memory_format=torch.channels_last)  # no file can hold this; the full one gains nothing by it
     pipe.set_progress_bar_config(disable=True)
     found = {"samples": compare(args, pipe), "decoder": decoders(args, pipe)}

@@ -143,6 +143,7 @@ class TrainSettings(Settings):
     precision: Allowed[Literal["auto", "fp32", "bf16"]] = Field(
         "auto", description="auto: bf16 where the device is good at it"
     )
+    compile: Allowed[bool] = Field(False, description="compile the networks: minutes at first, worth it on a GPU")
     checkpoint_every: Free[Steps] = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: Free[Count] = Field(2, ge=1, description="checkpoints that are kept")
     validations: Allowed[Count] = Field(8, ge=1, description="validations and sample sheets over the run")

@@ -48,7 +48,7 @@ def load(model: Path) -> LatentDiffusionPipeline:
     pipe = opened(folder, name)
     for part in _NETWORKS:
         if getattr(pipe, part) is not None:
-            device.choose_attention(getattr(pipe, part))
+            device.for_drawing(getattr(pipe, part))
     if pipe.tiny_decoder is not None:
         pipe.tiny_decoder.to(memory_format=torch.channels_last)  # a third less time on a CPU
     pipe.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ def sample_sheet(pipe: LatentDiffusionPipeline, run: Path, seed: int) -> Image.I
     """Every class or example prompt while there is room (at most 48); held-out pictures above what becomes of them."""
     for network in (pipe.unet, pipe.guide):
         if network is not None:
-            device.choose_attention(network)
+            device.for_drawing(network)
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_image:
         return _given_and_made(pipe, run, seed)

@@ -38,7 +38,7 @@ def refuse_out(out: Path, fresh: bool, suffixes: tuple[str, ...]) -> None:
 def open_autoencoder(settings: EmbedSettings) -> Vae:
     """The autoencoder that --vae names, on its device; raises UserError."""
     vae = load_autoencoder(settings.vae, "--vae").to(device.device())
-    device.choose_attention(vae)
+    device.for_drawing(vae)
     return vae
 
 

@@ -53,7 +53,7 @@ def untrained(vae: Vae, seed: int) -> Vae:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "untrained"))
         fresh = type(vae).from_config(vae.config).eval()
-    device.choose_attention(fresh)
+    device.for_drawing(fresh)
     return fresh.to(vae.device)
 
 

@@ -37,7 +37,7 @@ class Subject:
     def open(cls, folder: Path, precision: str) -> Self:
         """The autoencoder of a folder, on its device; raises UserError."""
         vae = load_autoencoder(folder, "--vae").to(device.device())
-        device.choose_attention(vae)
+        device.for_drawing(vae)
         facts = read_facts(folder)
         if facts.likelihood:
             _refuse_odd_facts(folder, vae, facts)

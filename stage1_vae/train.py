@@ -53,7 +53,7 @@ class VaeStage:
         self.model = models.build(settings, sheet.channels, size)
         if settings.init and not isinstance(self.model.vae, VQModel):
             folding.ensure_quant_convs(self.model.vae)
-        device.choose_attention(self.model)
+        device.for_training(self.model, self.model.vae.encoder, self.model.vae.decoder, compiled=settings.compile)
         self.latent_shape = models.latent_shape(self.model.vae, size)
         self.perceptual = perceptual.build(settings, size, accelerator.device)
         self.reconstruction = RECONSTRUCTION[settings.reconstruction or ("l1" if self.perceptual else "mse")]

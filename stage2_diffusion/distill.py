@@ -182,7 +182,7 @@ class FinishedRun:
         """The autoencoder, loaded when it is first needed."""
         if self._vae is None:
             self._vae = load_autoencoder(self.vae_folder, "--vae").to(self.where).requires_grad_(False)
-            device.choose_attention(self._vae)
+            device.for_drawing(self._vae)
         return self._vae
 
     def sheet(self) -> Sheet:

@@ -54,7 +54,7 @@ class Teacher:
     def network(self) -> Denoiser:
         """A copy of the averaged network, with the text encoder that all copies share."""
         net = Denoiser(models.load_unet(self.folder / "unet", f"RUN: {self.folder}"), self.condition.text_encoder)
-        device.choose_attention(net)
+        device.for_training(net)
         return net
 
     def __call__(self, z_t: Tensor, t: Tensor, given: Given) -> Prediction:

@@ -55,7 +55,7 @@ class DiffusionStage:
         self.objective = Objective(settings)
         self.identity = self._identity()
         self.net = self._denoiser()
-        device.choose_attention(self.net)
+        device.for_training(self.net, self.net.unet, compiled=settings.compile)
         optimizer = loop.make_optimizer(self.net, settings, settings.lr, betas=_BETAS)
         self.wrapped, self.optimizer = accelerator.prepare(self.net, optimizer)
         self.models = {name: part for name, part in self.net.named_children() if _is_trained(part)}
@@ -265,7 +265,7 @@ def _vae_loader(folder: Path, where: torch.device) -> Callable[[], Vae]:
     @cache
     def load() -> Vae:
         vae = load_autoencoder(folder, "--vae").to(where)
-        device.choose_attention(vae)
+        device.for_drawing(vae)
         return vae
 
     return load
