@@ -54,8 +54,13 @@ def measure(settings, found: Found, setup: Setup, probes: Probes) -> Measured:
             f"--preset {setup.preset} at {setup.size[0]}x{setup.size[1]} does not fit into memory, not even one "
             "picture at a time; give a smaller --preset or --image-size."
         )
-    if settings.batch_size or all(fits == stage.batch for fits, stage in zip(fitting, stages)):
+    if all(fits == stage.batch for fits, stage in zip(fitting, stages)):
         return measured
+    if settings.batch_size:
+        raise UserError(
+            f"--batch-size {settings.batch_size} does not fit into memory ({measured.free / 1e9:.1f} GB); "
+            f"give {min(fitting)}."
+        )
     smaller = Setup(setup.preset, setup.factor, setup.size, setup.fit, min(fitting))
     return _measure_once(settings, found, smaller, probes)
 
@@ -95,6 +100,7 @@ def _costs(found: Found, one: dict, two: dict, clock: int, preset: str, start: C
         features=two["features"][clock],
         latent_values=prod(one["shape"]),
         drawn=two["drawn"],
+        encode_peak=one["encode_peak"],
         one=_stage(one, clock, usual[0], vae_look, vae_look, max(0.0, one["export"][clock] - statistics)),
         two=_stage(two, clock, usual[1], two["look"][clock], two["first_look"][clock], two["export"][clock]),
     )

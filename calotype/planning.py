@@ -6,8 +6,11 @@ took; a stage ends with a validation, a checkpoint and its export, which are not
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
+from calotype.plan_pace import StageCost as StageCost
+from calotype.plan_pace import training
 from calotype.run import STAGE1_UNTIL, STAGE2_UNTIL
 
 ENOUGH = 0.1  # of a preset's usual steps: with fewer a smaller preset is likely to be the better one
@@ -17,6 +20,8 @@ _KEPT_PIXELS = 2**30  # bytes of decoded pictures that a process keeps
 _SHEET, _FEATURE_STEPS, _FEATURE_PICTURES = 48, 200, 96
 _SHEET_BYTES = 120_000
 _FEATURE_BYTES = 4 * 128  # of one picture
+_PICTURE_BYTES = 700  # of Python's, for one picture that is kept
+_LEAST_LATENT = 6  # elements a side
 _SPARE = 0.85  # of the free memory may be used
 
 
@@ -52,28 +57,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """Seconds and bytes of a stage: `look` is a validation with its sheet, `each` the memory of one example."""
-
-    batch: int
-    usual: int  # steps of the preset
-    setup: float
-    step: float
-    look: float
-    first_look: float
-    checkpoint: float
-    export: float
-    checkpoint_bytes: int = 0
-    model_bytes: int = 0
-    snapshot_bytes: int = 0
-    peak: int = 0
-    each: int = 0
-    validations: int = 8
-    keep: int = 2
-    checkpoint_every: int = 500
-
-
-@dataclass(frozen=True)
 class Costs:
     """Seconds of everything else, most of them for one picture, and both stages."""
 
@@ -88,6 +71,7 @@ class Costs:
     features: float  # a step of the network that measures samples
     latent_values: int
     drawn: int  # samples of an evaluation
+    encode_peak: int  # bytes of memory
     one: StageCost
     two: StageCost
 
@@ -144,9 +128,20 @@ def predict(source: Source, costs: Costs, minutes: float, steps: tuple[int, int]
     before = (
         Part("read pictures", None, data, 0, int(source.record_bytes * source.count)),
         first,
-        Part("encode", None, encode, first.memory, latents),
+        Part("encode", None, encode, costs.encode_peak + _kept(source, source.count), latents),
     )
-    return Prediction(minutes, (*before, second, *after))
+    return Prediction(minutes, _never_less((*before, second, *after)))
+
+
+def _never_less(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """A process hardly gives memory back: what one command took the next has too."""
+    most = accumulate((part.memory for part in parts), max)
+    return tuple(part._replace(memory=memory) for part, memory in zip(parts, most, strict=True))
+
+
+def _kept(source: Source, count: int) -> int:
+    """Bytes of so many pictures that are kept once they are decoded."""
+    return source.kept * count * (source.pixels + _PICTURE_BYTES)
 
 
 def _budget(until: float, minutes: float, spent: float) -> float:
@@ -158,69 +153,20 @@ def _stage_1(source: Source, costs: Costs, budget: float, steps: int | None) -> 
     """Stage 1 after its start; pictures are decoded when they are first needed, or each time if they are too many."""
     stage = costs.one
     most = source.train if source.kept else None
-    count, training = _training(stage, budget, costs.read, most, steps)
+    count, training = training(stage, budget, costs.read, most, steps)
     unseen = 1 - min(1.0, count * stage.batch / source.train) if source.kept else 1.0
     statistics = min(source.train, _STATISTICS)
     closing = stage.look + stage.checkpoint + stage.export + statistics * (costs.encode + costs.read * unseen)
-    memory = stage.peak + (source.kept and source.train * source.pixels)
-    return Part("stage 1", count, costs.start + stage.setup + training + closing, memory, _left_behind(stage, count))
+    seconds = costs.start + stage.setup + training + closing
+    return Part("stage 1", count, seconds, stage.peak + _kept(source, source.train), _left_behind(stage, count))
 
 
 def _stage_2(source: Source, costs: Costs, budget: float, steps: int | None) -> Part:
     stage = costs.two
-    count, training = _training(stage, budget, 0.0, None, steps)
+    count, training = training(stage, budget, 0.0, None, steps)
     closing = stage.look + stage.checkpoint + stage.export
     memory = stage.peak + 4 * costs.latent_values * source.train  # the shards are mapped
     return Part("stage 2", count, stage.setup + training + closing, memory, _left_behind(stage, count))
-
-
-def _training(stage: StageCost, budget: float, read: float, most: int | None, steps: int | None) -> tuple[int, float]:
-    """Steps and seconds of a stage's loop without what ends it; `most` pictures cost `read` each, once.
-
-    It validates whenever another eighth of the time has gone by; one that takes longer is followed by the next at once.
-    """
-    pace = _Pace(stage, read, math.inf if most is None else most)
-    clock, count, looks, reached = 0.0, 0.0, 0, 0
-    eighth = budget / stage.validations
-    while clock < budget:
-        taken = max(1.0, pace.steps((reached + 1) * eighth - clock, count))
-        clock += pace.seconds(taken, count)
-        count += taken
-        reached = math.floor(clock / eighth + 1e-9)
-        if reached < stage.validations:
-            clock += stage.look if looks else stage.first_look
-            looks += 1
-    if steps is None:
-        return max(1, int(count)), clock
-    return steps, pace.seconds(steps, 0.0) + looks * stage.look + (stage.first_look - stage.look if looks else 0.0)
-
-
-class _Pace(NamedTuple):
-    """How fast a loop goes while pictures must still be read, `most` of them, and afterwards."""
-
-    stage: StageCost
-    read: float
-    most: float
-
-    @property
-    def step(self) -> float:
-        """Seconds of a step whose pictures are there, with its share of a checkpoint."""
-        return self.stage.step + self.stage.checkpoint / self.stage.checkpoint_every
-
-    def steps(self, seconds: float, done: float) -> float:
-        """How many are taken in this time after so many."""
-        slow = self.step + self.stage.batch * self.read
-        seconds = max(seconds, 0.0)
-        first = min(seconds, self._unread(done) * slow)
-        return first / slow + (seconds - first) / self.step
-
-    def seconds(self, steps: float, done: float) -> float:
-        """What so many take after so many."""
-        return steps * self.step + min(steps, self._unread(done)) * self.stage.batch * self.read
-
-    def _unread(self, done: float) -> float:
-        """Steps until every picture is there."""
-        return max(self.most / self.stage.batch - done, 0.0)
 
 
 def _left_behind(stage: StageCost, steps: int) -> int:
@@ -299,7 +245,7 @@ def side_for(usual: int, own: int | None, multiple: int) -> int:
 
 
 def factor_for(usual: int, side: int) -> int:
-    """The preset's factor, or a smaller one, so that latents keep 8 elements a side where they can."""
-    while usual > 2 and side // usual < 8:
+    """The preset's factor, or a smaller one, so that latents keep 6 elements a side where they can."""
+    while usual > 2 and side // usual < _LEAST_LATENT:
         usual //= 2
     return usual

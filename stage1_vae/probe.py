@@ -14,9 +14,21 @@ from calotype.config import parse
 from calotype.data import Pictures
 from calotype.loop import Run
 from calotype.planning import Cost
-from calotype.probing import cost, free_memory, median, of_run, of_steps, refused, serve, size_of
+from calotype.probing import (
+    cost,
+    forget_peak,
+    free_memory,
+    median,
+    of_run,
+    of_steps,
+    peak_memory,
+    refused,
+    serve,
+    size_of,
+)
 from calotype.sheet import Sheet, read_sheet
-from calotype.stage1_vae.config import VaeSettings
+from calotype.stage1_vae import encode
+from calotype.stage1_vae.config import EncodeSettings, VaeSettings
 from calotype.stage1_vae.train import VaeStage
 
 _AT_ONCE = 128  # pictures, as `calotype encode` and the statistics of the latents take them
@@ -47,13 +59,22 @@ def _measure(settings: VaeSettings, sheet: Sheet, limit: float) -> dict[str, Any
     found |= _looking(stage) if found["whole"] else _guessed(found)
     found["export"] = cost(lambda: stage.export(settings.out))
     found["statistics"] = len(stage.pictures)  # pictures whose latents the export took in
-    return found | {"model_bytes": size_of(settings.out / "vae")}
+    found |= {"model_bytes": size_of(settings.out / "vae"), "encode_peak": _encode_peak(settings)}
+    return found
 
 
 def _reading(pictures: Pictures) -> Cost:
     """What it takes to decode and prepare one picture."""
     taken = cost(lambda: [pictures[i] for i in range(len(pictures))])
     return taken.times(1 / len(pictures))
+
+
+def _encode_peak(settings: VaeSettings) -> int:
+    """The most memory in use while `calotype encode` does its work."""
+    words = [settings.source, "--vae", str(settings.out / "vae"), "--out", str(settings.out / "encoded")]
+    forget_peak()
+    encode.main(parse(EncodeSettings, [*words, "--precision", settings.precision], "calotype encode"))
+    return int(peak_memory())
 
 
 @torch.no_grad()
