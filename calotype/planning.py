@@ -153,20 +153,20 @@ def _stage_1(source: Source, costs: Costs, budget: float, steps: int | None) -> 
     """Stage 1 after its start; pictures are decoded when they are first needed, or each time if they are too many."""
     stage = costs.one
     most = source.train if source.kept else None
-    count, training = training(stage, budget, costs.read, most, steps)
+    count, looped = training(stage, budget, costs.read, most, steps)
     unseen = 1 - min(1.0, count * stage.batch / source.train) if source.kept else 1.0
     statistics = min(source.train, _STATISTICS)
     closing = stage.look + stage.checkpoint + stage.export + statistics * (costs.encode + costs.read * unseen)
-    seconds = costs.start + stage.setup + training + closing
+    seconds = costs.start + stage.setup + looped + closing
     return Part("stage 1", count, seconds, stage.peak + _kept(source, source.train), _left_behind(stage, count))
 
 
 def _stage_2(source: Source, costs: Costs, budget: float, steps: int | None) -> Part:
     stage = costs.two
-    count, training = training(stage, budget, 0.0, None, steps)
+    count, looped = training(stage, budget, 0.0, None, steps)
     closing = stage.look + stage.checkpoint + stage.export
     memory = stage.peak + 4 * costs.latent_values * source.train  # the shards are mapped
-    return Part("stage 2", count, stage.setup + training + closing, memory, _left_behind(stage, count))
+    return Part("stage 2", count, stage.setup + looped + closing, memory, _left_behind(stage, count))
 
 
 def _left_behind(stage: StageCost, steps: int) -> int:
