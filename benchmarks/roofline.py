@@ -82,11 +82,11 @@ def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], A
     stage = diffusion_stage(latents, args.preset, 32, *more)
     batch, number = next(stage.batches(0)), count()
     vae = load_autoencoder(write_autoencoder(folder / "vae", args.preset, 4 * args.side), "--vae")
-    device.for_drawing(vae, args.compile)
+    device.for_drawing(vae, "bf16", compiled=args.compile)
     z = batch.x.to(device.device())
     t, y = torch.full((32,), 500.0, device=z.device), torch.arange(32, device=z.device) % CLASSES
     unet = stage.averaged.unet
-    device.for_drawing(unet, args.compile)
+    device.for_drawing(unet, "bf16", compiled=args.compile)
 
     @torch.inference_mode()
     def forward():

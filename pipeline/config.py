@@ -31,6 +31,7 @@ class DrawingSettings(Settings):
     fast: bool = Field(False, description="with the student and the tiny decoder of `calotype distill`")
     batch_size: int = Field(64, ge=1, le=4096, description="pictures drawn at once")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+    compile: bool = Field(False, description="compile the network, for many batches of one size: a minute at first")
 
     @model_validator(mode="after")
     def _interval_has_an_inside(self) -> Self:

@@ -16,7 +16,7 @@ from calotype.pipeline.png import write_png
 
 def main(settings) -> None:
     """Change each picture n times; the results keep its name."""
-    pipe = load(settings.model)
+    pipe = load(settings.model, settings.precision, compiled=settings.compile)
     files = files_of(settings.image)
     results = _moved(pipe, settings, files) if settings.plus else _redrawn(pipe, settings, files)
     count = 0

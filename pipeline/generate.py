@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
 def main(settings) -> None:
     """Draw n pictures; with classes and no label they take turns and go into a folder each."""
-    pipe = load(settings.model)
+    pipe = load(settings.model, settings.precision, compiled=settings.compile)
     _refuse_wrong_words(pipe, settings)
     more = {"reproducible": settings.reproducible} | size_of(settings)
     if settings.mask is not None:

@@ -15,7 +15,7 @@ from calotype.pipeline.png import write_png
 
 def main(settings) -> None:
     """Write 000.png … and animation.webp; for pictures, say how well they come back from their noise."""
-    pipe = load(settings.model)
+    pipe = load(settings.model, settings.precision, compiled=settings.compile)
     ends = tuple(_end(pipe, words, flag) for words, flag in ((settings.begin, "FROM"), (settings.end, "TO")))
     labels = settings.label, settings.label if settings.to_label is None else settings.to_label
     with for_users(settings.precision):

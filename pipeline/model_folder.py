@@ -41,14 +41,18 @@ def find(model: Path) -> Path:
     raise UserError(f"MODEL {model} holds no model; give a model folder or a run that reached `calotype export`.")
 
 
-def load(model: Path) -> LatentDiffusionPipeline:
-    """A saved pipeline on the best device here, ready to draw; raises UserError where it is not whole."""
+def load(model: Path, precision: str = "fp32", *, compiled: bool = False) -> LatentDiffusionPipeline:
+    """A saved pipeline on the best device here, ready to draw; raises UserError where it is not whole.
+
+    Where it is to be used under `autocast` alone, `precision` spares the casting; with `compiled` the UNet is compiled
+    at its first call.
+    """
     folder, name = find(model), f"MODEL {model}"
     hashes.verify(folder, name)
     pipe = opened(folder, name)
     for part in _NETWORKS:
         if getattr(pipe, part) is not None:
-            device.for_drawing(getattr(pipe, part))
+            device.for_drawing(getattr(pipe, part), precision, compiled=compiled and part in ("unet", "student"))
     if pipe.tiny_decoder is not None:
         pipe.tiny_decoder.to(memory_format=torch.channels_last)  # a third less time on a CPU
     pipe.set_progress_bar_config(disable=True)

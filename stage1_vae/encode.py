@@ -36,7 +36,7 @@ def main(settings: EncodeSettings) -> None:
     check_fits(vae, sheet.channels, tuple(sheet.image_size))
     if not isinstance(vae, VQModel):
         ensure_quant_convs(vae)
-    device.for_drawing(vae)
+    device.for_drawing(vae, settings.precision)
     with claimed(settings.out):
         _write_cache(vae, sheet, settings)
 
