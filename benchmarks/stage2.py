@@ -144,7 +144,7 @@ def report(preset: str, batch: int, size: int, seconds: dict[str, list[float]]) 
     where = f"{preset}, {size}x{size}, batch {batch}"
     ours = [name for name in seconds if name.startswith("ours")]
     found = [rate(f"{where}: {name}", batch, seconds[name]) for name in ("original", "diffusers", *ours)]
-    best = min(ours[1:], key=lambda name: median(seconds[name]))
+    best = min((name for name in ours if "average" not in name), key=lambda name: median(seconds[name]))
     for base in ("original", "diffusers"):
         for name in ours:
             goal = GOALS.get((name, base)) if preset == "base" else None

@@ -8,7 +8,6 @@ the data that the cache belongs to, and the SHA-256 of every shard and of itself
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,6 +20,7 @@ from calotype.data import Batch, Share
 from calotype.disk import rename_file, sha256, write_text
 from calotype.errors import UserError
 from calotype.randomness import KeyedOrder, normal, uniform
+from calotype.verified import Verified
 
 VERSION = 2  # 2: SHA-256 of the shards and of the index
 
@@ -154,20 +154,11 @@ class LatentCache:
 
 
 def _refuse_damaged(folder: Path, index: Index, split: str) -> None:
-    """Raise UserError if a shard is missing or not what was written; several are read at a time."""
-    names = index.shards[split]
-    with ThreadPoolExecutor(4) as pool:
-        for name, found in zip(names, pool.map(lambda name: _sha256_or_none(folder / name), names), strict=True):
-            if found != index.sha256[name]:
-                fault = "is missing" if found is None else "is damaged: it is not what was written"
-                raise UserError(f"--latents: {folder / name} {fault}; `calotype encode` writes what is wrong again.")
-
-
-def _sha256_or_none(file: Path) -> str | None:
-    try:
-        return sha256(file)
-    except OSError:
-        return None
+    """Raise UserError if a shard is missing or not what was written."""
+    fault = Verified(folder).first_fault({name: index.sha256[name] for name in index.shards[split]})
+    if fault:
+        name, what = fault
+        raise UserError(f"--latents: {folder / name} {what}; `calotype encode` writes what is wrong again.")
 
 
 def mirrored(seed: int, start: int, count: int) -> Tensor:
