@@ -6,6 +6,7 @@ the numbers are finite. What somebody else's folder asks for is held against its
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def refuse_code_and_bombs(config: dict[str, Any], name: str) -> None:
         if config.get(key):
             raise UserError(f"{name} names {key}, that is code of its own, which is never run; give another model.")
     for key, value in _numbers(config):
-        if abs(value) > _NUMBER:
+        if abs(value) > _NUMBER and value != -math.inf:  # which is how DPM-Solver's config says that nothing is clipped
             raise UserError(f"{name}: {key} is {value:g}, more than any network has; fetch or make it again.")
 
 

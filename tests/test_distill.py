@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from calotype import checkpoint, cli, shapes
 from calotype.pipeline import LatentDiffusionPipeline
+from calotype.pipeline.model_folder import load_scheduler
 from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.consistency import Consistency, few_step_sampler
 from calotype.stage2_diffusion.denoiser import Given, Prediction
@@ -23,6 +24,15 @@ STOCK = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_en
 
 def objective(name):
     return Objective(DiffusionSettings(out="", latents="", objective=name))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_student_s_sampler_comes_back_from_its_folder(name, tmp_path):
+    """Strictly read, as a model folder is; its lowest log-SNR is minus infinity."""
+    sampler = few_step_sampler(objective(name))
+    sampler.save_pretrained(tmp_path)
+    again = load_scheduler(tmp_path, "MODEL")
+    assert again.config == sampler.config and again.config.lambda_min_clipped == -float("inf")
 
 
 def scales(name, t):
