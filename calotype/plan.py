@@ -76,7 +76,7 @@ def _refuse_too_short(settings, chosen: Measured, prediction: Prediction) -> Non
     raise UserError(
         f"--hours {settings.hours:g} is too short: beside training, these pictures take "
         f"{planning.predict(chosen.source, chosen.costs, 0.05).seconds / 60:.1f} minutes to read, encode, draw and "
-        f"measure; give {least:.2g} or more."
+        f"measure; give {1.05 * least:.2g} or more."
     )
 
 
@@ -92,13 +92,12 @@ def _presets(settings, own: int | None) -> list[str]:
 def _setup(settings, found: Found, preset: str) -> Setup:
     one, two = (stage_settings(number, preset) for number in (1, 2))
     usual = int(PRESET_IMAGE_SIZE[preset])
-    own = usual if settings.image_size is None and found.own is None else found.own
-    factor = settings.factor or planning.factor_for(one.factor, min(own or usual, usual))
     if settings.image_size:
         size = height_width(settings.image_size)
         factor = settings.factor or planning.factor_for(one.factor, min(size))
     else:
-        side = planning.side_for(usual, own, factor * 2 ** (two.depth - 1))
+        factor = settings.factor or planning.factor_for(one.factor, min(found.own or usual, usual))
+        side = planning.side_for(usual, found.own, factor * 2 ** (two.depth - 1))
         size = (side, side)
     enlarged = found.own is not None and found.own < min(size)
     return Setup(preset, factor, size, settings.fit or ("pad" if enlarged else None), settings.batch_size)

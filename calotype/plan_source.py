@@ -1,6 +1,7 @@
 """What a plan must know of a source: how many pictures there are, how large, and what reading them takes."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -88,11 +89,19 @@ def _read(settings, root: Path, entries: list[Entry], folder: Path) -> tuple[She
     for i, entry in enumerate(entries):
         place = folder / f"class {numbers[entry.label]}" if entry.label else folder
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{i:05d}{Path(entry.file).suffix}").symlink_to(on_disk(root, entry.file).resolve())
+        _link(on_disk(root, entry.file).resolve(), place / f"{i:05d}{Path(entry.file).suffix}")
     fraction = "0.5" if len(entries) > 1 else None
     with redirect_stdout(io.StringIO()):
         sheet, taken = _timed(lambda: _sheet_of(settings, folder, fraction, root))
     return sheet, taken.times(1 / len(entries))
+
+
+def _link(file: Path, name: Path) -> None:
+    """A link, or a copy where the system allows none."""
+    try:
+        name.symlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _sheet_of(settings, folder: Path, fraction: str | None, root: Path) -> Sheet:
