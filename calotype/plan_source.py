@@ -73,18 +73,21 @@ def _folder(settings, room: Path) -> Found:
 def _read_some(settings, root: Path, entries: list[Entry], room: Path) -> tuple[Sheet, Cost]:
     """The sheet of a few pictures, as many as can be read in a few seconds, and what one of them took."""
     entries = sorted(entries, key=lambda entry: entry.label)
-    sheet, taken = _read(settings, root, _spread(entries, _FIRST), room / "first")
-    count = min(_MOST, int(_SECONDS / max(taken.seconds, 1e-6)))
-    if count > _FIRST and len(entries) > _FIRST:
-        sheet, taken = _read(settings, root, _spread(entries, count), room / "some")
+    first = _spread(entries, _FIRST)
+    sheet, taken = _read(settings, root, first, room / "first")
+    each = taken.times(1 / len(first))
+    some = _spread(entries, min(_MOST, int(_SECONDS / max(each.seconds, 1e-6))))
+    if len(some) > 2 * len(first):  # what both share is no matter of a picture
+        sheet, more = _read(settings, root, some, room / "some")
+        each = Cost(*(max(b - a, 0.0) for a, b in zip(taken, more))).times(1 / (len(some) - len(first)))
     records = [record._replace(val=i % _HELD_OUT == 1) for i, record in enumerate(sheet.records)]
     if len(records) < 2:
         records = [record._replace(val=held_out) for record in records for held_out in (False, True)]
-    return replace(sheet, records=records, val_root=None), taken
+    return replace(sheet, records=records, val_root=None), each
 
 
 def _read(settings, root: Path, entries: list[Entry], folder: Path) -> tuple[Sheet, Cost]:
-    """A data sheet of these pictures by way of links to them, and what one took."""
+    """A data sheet of these pictures by way of links to them, and what all took."""
     numbers = {label: i for i, label in enumerate(sorted({entry.label for entry in entries}))}
     for i, entry in enumerate(entries):
         place = folder / f"class {numbers[entry.label]}" if entry.label else folder
@@ -92,8 +95,7 @@ def _read(settings, root: Path, entries: list[Entry], folder: Path) -> tuple[She
         _link(on_disk(root, entry.file).resolve(), place / f"{i:05d}{Path(entry.file).suffix}")
     fraction = "0.5" if len(entries) > 1 else None
     with redirect_stdout(io.StringIO()):
-        sheet, taken = _timed(lambda: _sheet_of(settings, folder, fraction, root))
-    return sheet, taken.times(1 / len(entries))
+        return _timed(lambda: _sheet_of(settings, folder, fraction, root))
 
 
 def _link(file: Path, name: Path) -> None:
