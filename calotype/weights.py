@@ -31,9 +31,7 @@ def load_network(cls: type, folder: Path, name: str) -> nn.Module:
 
     Raises UserError that begins with `name`: for a pickle, for missing, superfluous, misshapen or non-finite tensors.
     """
-    config = read_json(folder / "config.json", name)
-    refuse_code_and_bombs(config, f"{name}: {folder / 'config.json'}")
-    _refuse_more_layers_than_weights(config, _tensors(folder, name), f"{name}: {folder}")
+    _settings(folder, name)
     try:
         with quiet(), torch.random.fork_rng(devices=[]):  # what is missing is filled with random numbers at first
             net, found = cls.from_pretrained(
@@ -45,6 +43,27 @@ def load_network(cls: type, folder: Path, name: str) -> nn.Module:
         refuse_keys(found.get(f"{what}_keys"), what, f"{name}: {folder}")
     refuse_non_finite(net, f"{name}: {folder}")
     return net.eval()
+
+
+def outline_network(cls: type, folder: Path, name: str) -> nn.Module:
+    """The same network without its weights (they are on torch's device "meta"), which takes no longer for a large one.
+
+    Raises UserError as `load_network` does, but for what only the weights themselves can tell.
+    """
+    config = _settings(folder, name)
+    try:
+        with quiet(), torch.device("meta"):
+            return cls.from_config(config).eval()
+    except Exception as error:
+        raise UserError(f"{name}: {folder} cannot be loaded ({first_line(error)}); fetch or make it again.") from None
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """What a network's config.json says; raises UserError where it, or the list of the tensors, cannot be right."""
+    config = read_json(folder / "config.json", name)
+    refuse_code_and_bombs(config, f"{name}: {folder / 'config.json'}")
+    _refuse_more_layers_than_weights(config, _tensors(folder, name), f"{name}: {folder}")
+    return config
 
 
 @contextmanager

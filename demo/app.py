@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from calotype.demo import access
 from calotype.demo.cache import Cache
 from calotype.demo.listening import address, listen
+from calotype.demo.loading import Loading
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -40,7 +41,7 @@ def main(settings) -> None:
 
 
 def _serve(settings, models: list[Path], temporary: Path, password: str | None) -> None:
-    """Listen first, which may be refused, then load and serve."""
+    """Listen first, which may be refused, then show the page, and load the models behind it."""
     folders = [temporary / name for name in ("cache", "spool", "empty")]
     for folder in folders:
         folder.mkdir(mode=0o700)
@@ -48,17 +49,21 @@ def _serve(settings, models: list[Path], temporary: Path, password: str | None) 
     tempfile.tempdir = str(spool)
     os.chdir(empty)  # Gradio hands out files of the working directory if a function names one
     with listen(settings.address, settings.port) as listening:
-        blocks = build(models, str(cache))
+        loading = Loading()
+        blocks = build(models, str(cache), loading)
         from calotype.demo import server
 
         def ready() -> None:
             print(welcome(blocks.title, address(listening), settings, password), flush=True)
+            loading.start(served.end)
             if settings.open_browser:
                 webbrowser.open(address(listening))
 
         server.few_arenas()
-        app = server.application(blocks, Cache(cache), password, settings.public)
-        server.Server(app, blocks, ready).run(sockets=[listening])
+        app = server.application(blocks, Cache(cache), password, settings.public, loading)
+        served = server.Server(app, blocks, ready)
+        served.run(sockets=[listening])
+        loading.raise_error()
 
 
 def welcome(title: str, url: str, settings, password: str | None) -> str:
@@ -71,45 +76,51 @@ def welcome(title: str, url: str, settings, password: str | None) -> str:
     return "\n".join(lines)
 
 
-def build(models: Path | list[Path], temporary: str) -> "gr.Blocks":
-    """The Gradio page for model folders or runs; the environment is set before Gradio reads it on import."""
+def build(models: Path | list[Path], temporary: str, loading: Loading | None = None) -> "gr.Blocks":
+    """The Gradio page for model folders or runs; the environment is set before Gradio reads it on import.
+
+    With `loading` their weights are left to it.
+    """
     os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=os.path.realpath(temporary))
     from calotype.demo import page
 
-    return page.build_all(registry([models] if isinstance(models, Path) else models))
+    return page.build_all(registry([models] if isinstance(models, Path) else models, loading))
 
 
-def registry(models: list[Path]) -> dict:
+def registry(models: list[Path], loading: Loading | None = None) -> dict:
     """What is served by the name that visitors choose; of models of the same name the later ones have a number."""
     served = {}
     for model in models:
         name = title = title_of(model)
         while name in served:
             name = f"{title} {sum(other.startswith(title) for other in served) + 1}"
-        served[name] = open_model(model)
+        served[name] = open_model(model, loading)
     return served
 
 
-def open_model(model: Path):
-    """What the page shows of a model folder or run, ready to serve."""
+def open_model(model: Path, loading: Loading | None = None):
+    """What the page shows of a model folder or run, ready to serve; its weights are left to `loading`."""
     from calotype.demo.explore import Explorer
     from calotype.demo.page import Served
     from calotype.demo.run_folder import find_run
 
     run = find_run(model)
     still_trains = run is not None and not (run.folder / "pipeline" / "model_index.json").is_file()
-    studio = None if still_trains else open_studio(model)
+    studio = None if still_trains else open_studio(model, loading)
     return Served(studio, run, Explorer.of_run(run.folder) if still_trains else None)
 
 
-def open_studio(model: Path):
-    """The model of a folder or run, ready to serve."""
+def open_studio(model: Path, loading: Loading | None = None):
+    """The model of a folder or run, ready to serve; its weights are left to `loading`."""
     from calotype.demo.explore import Explorer
     from calotype.demo.studio import Studio
-    from calotype.pipeline.generate import find, load
+    from calotype.pipeline.model_folder import fill, find, load, outlined
 
-    pipe, folder = load(model), find(model)
-    return Studio(pipe, Explorer.open(folder, pipe.vae), folder)
+    pipe = load(model) if loading is None else outlined(model)
+    studio = Studio(pipe, Explorer.open(find(model), pipe.vae), find(model))
+    if loading is not None:
+        loading.add(studio.load_later(lambda: fill(pipe, model)))
+    return studio
 
 
 def serve(

@@ -46,9 +46,15 @@ class Explorer:
     """Frames of an autoencoder for a LatentMap; give it the `lock` of the studio where visitors share the weights."""
 
     def __init__(self, vae: Vae, latent_map: LatentMap):
-        self.vae = vae.to(memory_format=torch.channels_last)  # half the time for one small picture on a CPU
+        self.vae = vae
         self.map = latent_map
         self.lock = threading.Lock()
+        self.is_loading = False
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Bring the weights into the order that halves the time for one small picture on a CPU."""
+        self.vae.to(memory_format=torch.channels_last)
 
     @classmethod
     def open(cls, folder: Path, vae: Vae) -> "Explorer | None":
@@ -103,7 +109,8 @@ class Explorer:
     def _model(self) -> Iterator[None]:
         """The weights for a moment; nobody may queue here, so whoever waits too long is told to come again."""
         if not self.lock.acquire(timeout=PATIENCE):
-            raise UserError("the model is drawing for somebody; this goes on in a moment")
+            doing = "is still being loaded" if self.is_loading else "is drawing for somebody"
+            raise UserError(f"the model {doing}; this goes on in a moment")
         threads = torch.get_num_threads()
         try:
             if max(self.map.facts.image_size) <= _SMALL:

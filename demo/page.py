@@ -102,6 +102,7 @@ def leaf(app: gr.Blocks, title: str, served: Served) -> None:
 
 def model_tabs(studio: Studio) -> None:
     """A tab for each thing that the model can do."""
+    studio.tell = gr.Info
     if not studio.pipe.takes_image:
         with gr.Tab("Generate"):
             generate_tab(studio)

@@ -25,6 +25,7 @@ from calotype.demo.gate import Gate
 from calotype.demo.headers import Headers
 from calotype.demo.leaving import Departures
 from calotype.demo.listening import MOST_CONNECTIONS, address
+from calotype.demo.loading import Loading
 from calotype.demo.uploads import refuse_strangers_files
 
 # Said in full where Gradio's own defaults or its environment variables say otherwise.
@@ -48,10 +49,13 @@ _ARENA_MAX = -8  # glibc: M_ARENA_MAX
 GRACE = 2  # seconds for answers under way when the server ends
 
 
-def application(blocks: gr.Blocks, cache: Cache, password: str | None = None, public: bool = False) -> ASGIApp:
+def application(
+    blocks: gr.Blocks, cache: Cache, password: str | None = None, public: bool = False, loading: Loading | None = None
+) -> ASGIApp:
     """The page under an application of our own, with what stands before it.
 
-    With a `password` it is asked for. A `public` page is found by any name, and from behind proxies.
+    With a `password` it is asked for. A `public` page is found by any name, and from behind proxies. While models are
+    still `loading` it is not ready.
     """
     blocks.max_threads, blocks.state_session_capacity = THREADS, SESSIONS
     blocks.queue(**QUEUE)
@@ -68,7 +72,7 @@ def application(blocks: gr.Blocks, cache: Cache, password: str | None = None, pu
         middleware=[Middleware(CORSMiddleware)],
     )
     app.get("/healthz")(_alive)
-    app.get("/readyz")(_Readiness(blocks))
+    app.get("/readyz")(_Readiness(blocks, loading or Loading()))
     limits = {"most_bytes": MOST_BYTES, "most_words": MOST_WORDS, "make_room": cache.make_room}
     door = Middleware(Door, **limits, nonsense=NONSENSE)
     before = {"middleware": [door, Middleware(Departures)]}
@@ -87,11 +91,13 @@ async def _alive() -> Response:
 class _Readiness:
     """Whether one more request would be taken."""
 
-    def __init__(self, blocks: gr.Blocks):
-        self.blocks = blocks
+    def __init__(self, blocks: gr.Blocks, loading: Loading):
+        self.blocks, self.loading = blocks, loading
 
     async def __call__(self) -> Response:
         queue = self.blocks._queue
+        if not self.loading.is_done:
+            return PlainTextResponse("loading", 503, {"retry-after": str(RETRY_AFTER)})
         if queue.stopped or not self.blocks.is_running or len(queue) >= QUEUE["max_size"]:
             return PlainTextResponse("busy", 503, {"retry-after": str(RETRY_AFTER)})
         return PlainTextResponse("ready")
@@ -110,6 +116,10 @@ class Server(uvicorn.Server):
         """Begin to serve."""
         await super().startup(sockets)
         self.ready()
+
+    def end(self) -> None:
+        """End as after Ctrl-C; any thread may say so."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop drawing, let answers under way finish for GRACE seconds, and end."""

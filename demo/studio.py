@@ -4,7 +4,7 @@ import itertools
 import math
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -93,6 +93,8 @@ class Studio:
         self.explorer = explorer
         self.folder = folder
         self._lock = threading.Lock() if explorer is None else explorer.lock  # both use the same weights
+        self.tell: Callable[[str], object] = lambda words: None  # a visitor who waits
+        self.is_loading = False
 
     # What may be asked
 
@@ -169,9 +171,30 @@ class Studio:
 
     # What is done
 
+    def load_later(self, fill: Callable[[], object]) -> Callable[[], None]:
+        """Let everybody wait until what this returns was called, which calls `fill` and may do so in another thread."""
+        self._lock.acquire()
+        self._say_loading(True)
+
+        def load() -> None:
+            fill()
+            if self.explorer is not None:
+                self.explorer.prepare()
+            self._say_loading(False)
+            self._lock.release()
+
+        return load
+
+    def _say_loading(self, is_loading: bool) -> None:
+        self.is_loading = is_loading
+        if self.explorer is not None:
+            self.explorer.is_loading = is_loading
+
     @contextmanager
     def working(self) -> Iterator:
         """The pipeline, while nobody else has it; what it says about an order becomes a UserError."""
+        if self.is_loading:
+            self.tell("The model is still being loaded; this goes on as soon as it is there.")
         with self._lock:
             try:
                 yield self.pipe

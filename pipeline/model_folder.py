@@ -1,5 +1,6 @@
 """A model folder: found, held against its list of hashes, and loaded strictly; no code in it is ever run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from calotype.errors import UserError
 from calotype.pipeline import hashes
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.pipeline.order import Order
-from calotype.weights import first_line, load_network, read_json, refuse_code_and_bombs
+from calotype.weights import first_line, load_network, outline_network, read_json, refuse_code_and_bombs
 
 _UNETS = ("UNet2DModel", "UNet2DConditionModel")
 _NETWORKS = {
@@ -49,7 +50,28 @@ def load(model: Path, precision: str = "fp32", *, compiled: bool = False) -> Lat
     """
     folder, name = find(model), f"MODEL {model}"
     hashes.verify(folder, name)
-    pipe = opened(folder, name)
+    return _ready(opened(folder, name), precision, compiled)
+
+
+def outlined(model: Path) -> LatentDiffusionPipeline:
+    """The same without the networks' weights: it can say what the model does, and `fill` makes it draw."""
+    folder, name = find(model), f"MODEL {model}"
+    hashes.verify(folder, name)
+    return opened(folder, name, outline_network)
+
+
+def fill(pipe: LatentDiffusionPipeline, model: Path) -> None:
+    """Give an outlined pipeline its weights; its networks stay the objects that they are. Raises UserError."""
+    folder = find(model)
+    for part in _NETWORKS:
+        network = getattr(pipe, part)
+        if network is not None:  # of the same class, so it becomes the one that is read
+            network.__dict__ = load_network(type(network), folder / part, f"MODEL {model}").__dict__
+    _ready(pipe)
+
+
+def _ready(pipe: LatentDiffusionPipeline, precision: str = "fp32", compiled: bool = False) -> LatentDiffusionPipeline:
+    """The pipeline with its networks in the form in which they draw fastest here."""
     for part in _NETWORKS:
         if getattr(pipe, part) is not None:
             device.for_drawing(getattr(pipe, part), precision, compiled=compiled and part in ("unet", "student"))
@@ -59,11 +81,11 @@ def load(model: Path, precision: str = "fp32", *, compiled: bool = False) -> Lat
     return pipe.to(device.device())
 
 
-def opened(folder: Path, name: str) -> LatentDiffusionPipeline:
-    """The pipeline in a folder; raises UserError that begins with `name`."""
+def opened(folder: Path, name: str, read: Callable = load_network) -> LatentDiffusionPipeline:
+    """The pipeline in a folder; raises UserError that begins with `name`. `read` reads a network."""
     logging.disable_progress_bar()
     index = _index(folder, name)
-    parts = {part: load_part(folder, part, entry, name) for part, entry in _parts(index, name).items()}
+    parts = {part: load_part(folder, part, entry, name, read) for part, entry in _parts(index, name).items()}
     try:
         pipe = LatentDiffusionPipeline(**parts, **{fact: index[fact] for fact in _FACTS if fact in index})
         _refuse_contradictions(pipe)
@@ -106,12 +128,12 @@ def _is_scheduler(kind: Any) -> bool:
     return isinstance(found, type) and issubclass(found, SchedulerMixin)
 
 
-def load_part(folder: Path, part: str, entry: list, name: str) -> Any:
-    """One part of a model folder."""
+def load_part(folder: Path, part: str, entry: list, name: str, read: Callable = load_network) -> Any:
+    """One part of a model folder; networks of diffusers are read by `read`."""
     if part in _SCHEDULERS:
         return load_scheduler(folder / part, name)
     if part not in _WORDS:
-        return load_network(getattr(diffusers, entry[1]), folder / part, name)
+        return read(getattr(diffusers, entry[1]), folder / part, name)
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
