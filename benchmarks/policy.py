@@ -31,7 +31,7 @@ from calotype.stage2_diffusion.config import DiffusionSettings
 from calotype.stage2_diffusion.models import Inputs, build
 from calotype.upsampling import speed_up
 
-NEAR = 1.1  # times that of the fastest, at most
+NEAR = 1.2  # times that of the fastest, at most
 
 
 class Cell(NamedTuple):
@@ -41,6 +41,7 @@ class Cell(NamedTuple):
     last: bool  # channels last
     fused: bool  # attention
     transposed: bool  # enlarging in one transposed convolution
+    trains: bool
 
     def __str__(self) -> str:
         """In words."""
@@ -55,8 +56,11 @@ class Cell(NamedTuple):
                 module.set_processor(AttnProcessor2_0() if self.fused else AttnProcessor())
         if self.transposed:
             speed_up(ours)
+        for layer in ours.modules():
+            if isinstance(layer, nn.Conv2d) and not self.trains:
+                layer.requires_grad_(False)
         if self.precision == "weights in bf16":
-            device._cast_once(ours.requires_grad_(False))
+            device._cast_once(ours)
         return ours.to(memory_format=torch.channels_last if self.last else torch.contiguous_format)
 
 
@@ -104,7 +108,7 @@ def cells(network: nn.Module, trains: bool) -> Iterator[Cell]:
     attends = any(hasattr(module, "set_processor") for module in network.modules())
     precisions = ("fp32", "bf16") if trains else ("fp32", "bf16", "weights in bf16")
     for values in itertools.product(precisions, (False, True), (False, True) if attends else (False,), (False, True)):
-        yield Cell(*values)
+        yield Cell(*values, trains)
 
 
 def situations(unet: nn.Module, vae: nn.Module, side: int) -> Iterator[tuple[str, nn.Module, int, Callable]]:

@@ -93,7 +93,7 @@ def subjects(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], A
     device.for_drawing(vae, "bf16", compiled=args.compile)
     z = batch.x.to(device.device())
     t, y = torch.full((32,), 500.0, device=z.device), torch.arange(32, device=z.device) % CLASSES
-    unet = copy.deepcopy(stage.averaged.unet)
+    unet = copy.deepcopy(stage.net.unet)
     device.for_drawing(unet, "bf16", compiled=args.compile)
 
     @torch.inference_mode()

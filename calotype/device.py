@@ -95,11 +95,13 @@ def for_training(model: nn.Module, *parts: nn.Module, compiled: bool = False) ->
 
 
 def for_drawing(model: nn.Module, precision: str = "fp32", *, compiled: bool = False) -> None:
-    """Freeze a network and give it the form in which it draws, encodes or decodes fastest here; UserError as above.
+    """Give a network the form in which it draws, encodes or decodes fastest here; raises UserError as above.
 
     In bf16 it is for use under `autocast`, of whose results no bit changes: what that casts at each call is cast once.
     """
-    model.requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):  # of linear layers torch multiplies frozen ones in a slower way
+            layer.requires_grad_(False)
     _choose_attention(model)
     _speed_up_upsampling(model)
     half = resolve_precision(precision) == torch.bfloat16
