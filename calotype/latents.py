@@ -110,6 +110,7 @@ class LatentCache:
         _refuse_damaged(folder, self.index, split)
         self.shards = [load_file(folder / name) for name in self.index.shards[split]]
         self.ends = np.cumsum([len(shard["label"]) for shard in self.shards])
+        self.starts = self.ends - np.diff(self.ends, prepend=0)
         if not self.shards or self.ends[-1] != self.index.counts[split]:
             raise UserError(f"{folder} does not hold the {split} latents that its index names; encode again.")
 
@@ -119,7 +120,7 @@ class LatentCache:
     def gather(self, items: np.ndarray, name: str) -> Tensor:
         """Rows of the tensor called `name` for these items, in their order, in fp32 (labels: int64)."""
         where = np.searchsorted(self.ends, items, side="right")
-        rows = torch.from_numpy(items - (self.ends - np.diff(self.ends, prepend=0))[where])
+        rows = torch.from_numpy(items - self.starts[where])
         if len(self.shards) == 1:
             found = self.shards[0][name].index_select(0, rows)
         else:
@@ -145,12 +146,13 @@ class LatentCache:
         return mean + self.gather(items, "std" + suffix) * eps if "std" in self.shards[0] else mean
 
     def _gather_from_many(self, where: np.ndarray, rows: Tensor, name: str) -> Tensor:
-        first = self.shards[0][name]
-        found = first.new_empty(len(rows), *first.shape[1:])
-        for number in np.unique(where):
-            here = torch.from_numpy(where == number)
-            found[here] = self.shards[number][name].index_select(0, rows[here])
-        return found
+        """Shard by shard into neighbouring places, and from there into the order that was asked for."""
+        first, by_shard = self.shards[0][name], np.argsort(where, kind="stable")
+        rows, found = rows[torch.from_numpy(by_shard)], first.new_empty(len(rows), *first.shape[1:])
+        numbers, starts = np.unique(where[by_shard], return_index=True)
+        for number, start, end in zip(numbers, starts, [*starts[1:], len(rows)], strict=True):
+            torch.index_select(self.shards[number][name], 0, rows[start:end], out=found[start:end])
+        return found[torch.from_numpy(np.argsort(by_shard))]
 
 
 def _refuse_damaged(folder: Path, index: Index, split: str) -> None:
