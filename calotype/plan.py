@@ -16,7 +16,7 @@ from calotype.doctor import leaving_on_signals
 from calotype.errors import UserError
 from calotype.plan_measure import Measured, Probes, Setup, measure, stage_settings
 from calotype.plan_source import Found, look_at
-from calotype.plan_words import show
+from calotype.plan_words import load_now, show
 from calotype.planning import Prediction
 
 _FACTORS = (2, 4, 8, 16, 32)
@@ -26,12 +26,13 @@ _HOPELESS = 4.0  # a larger preset is not tried where a rough guess needs so man
 
 @dataclass(frozen=True)
 class Plan:
-    """A set-up with its prediction, the command that does it, and sentences on what to expect."""
+    """A set-up with its prediction, the command that does it, what else was tried, and a sentence on other work."""
 
     measured: Measured
     prediction: Prediction
     command: list[str]
     others: dict[str, Measured]
+    load: str
 
 
 def main(settings) -> None:
@@ -54,6 +55,7 @@ def make(settings) -> Plan:
 
 
 def _make(settings, room: Path, probes: Probes) -> Plan:
+    load = load_now()
     found = look_at(settings, room)
     measured: dict[str, Measured] = {}
     for preset in _presets(settings, found.own):
@@ -65,18 +67,18 @@ def _make(settings, room: Path, probes: Probes) -> Plan:
     sources, costs = ({name: getattr(one, part) for name, one in measured.items()} for part in ("source", "costs"))
     chosen = measured[planning.choose(sources, costs, settings.hours)]
     prediction = planning.plan_for(chosen.source, chosen.costs, settings.hours)
-    _refuse_too_short(settings, chosen, prediction)
-    return Plan(chosen, prediction, command(settings, chosen.setup, prediction.minutes), measured)
+    _refuse_too_short(settings, chosen, prediction, load)
+    return Plan(chosen, prediction, command(settings, chosen.setup, prediction.minutes), measured, load)
 
 
-def _refuse_too_short(settings, chosen: Measured, prediction: Prediction) -> None:
+def _refuse_too_short(settings, chosen: Measured, prediction: Prediction, load: str) -> None:
     if prediction.minutes >= 0.05 and prediction.seconds <= 1.05 * 3600 * settings.hours:
         return
     least = planning.least_hours(chosen.source, chosen.costs, planning.ENOUGH)
     raise UserError(
         f"--hours {settings.hours:g} is too short: beside training, these pictures take "
         f"{planning.predict(chosen.source, chosen.costs, 0.05).seconds / 60:.1f} minutes to read, encode, draw and "
-        f"measure; give {1.05 * least:.2g} or more."
+        f"measure; give {1.05 * least:.2g} or more. {load}"
     )
 
 

@@ -1,7 +1,9 @@
 """What `calotype plan` prints: one table, the command to copy, and what to expect."""
 
+import os
 import shlex
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +21,18 @@ def show(console: Console, settings, plan, seconds: float) -> None:
     console.print()
     for sentence in sentences(settings, plan):
         console.print(sentence, soft_wrap=True, markup=False)
-    console.print(f"Measured in {seconds:.0f} s; other work on this machine makes a run slower.", soft_wrap=True)
+    console.print(f"Measured in {seconds:.0f} s. {plan.load}", soft_wrap=True)
+
+
+def load_now() -> str:
+    """What else this machine does, in a sentence: several threads that wait for a core wait for each other too."""
+    cores, load = os.cpu_count() or 1, psutil.getloadavg()[0]
+    if load < 0.5 * cores:
+        return "Other work on this machine makes a run slower."
+    return (
+        f"This machine is busy (a load of {load:.1f} on {cores} cores), and the plan is for one as busy, which may be "
+        "many times as slow; ask again when it is quiet."
+    )
 
 
 def heading(plan) -> str:

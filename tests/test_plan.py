@@ -144,7 +144,8 @@ def test_latents_keep_six_elements_a_side(usual, side, factor):
 def planned(settings, setup, hours=2.0):
     measured = Measured(setup, SOURCE, TINY, TINY, free=8 * 10**9)
     prediction = planning.plan_for(SOURCE, TINY, hours)
-    return plan.Plan(measured, prediction, plan.command(settings, setup, prediction.minutes), {setup.preset: measured})
+    words = plan.command(settings, setup, prediction.minutes)
+    return plan.Plan(measured, prediction, words, {setup.preset: measured}, "All is quiet.")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,13 @@ def test_what_to_expect_is_said_in_words(hours, expected):
     text = captured.get()
     assert expected in text and all(len(line) <= 110 for line in text.splitlines()[2:10])
     assert "stage 1" in text and "all of it" in text
+
+
+@pytest.mark.parametrize("load, expected", [(0.1, "makes a run slower"), (1.5, "is busy (a load of 3.0 on 2 cores)")])
+def test_a_machine_that_does_other_work_is_told_of(monkeypatch, load, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (2 * load, 0.0, 0.0))
+    assert expected in plan.load_now()
 
 
 def test_hours_that_are_too_short_are_refused_with_enough_of_them():
