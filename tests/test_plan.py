@@ -198,10 +198,12 @@ def test_hours_that_are_too_short_are_refused_with_enough_of_them():
     settings = PlanSettings(source="shapes", hours=0.01)
     found = planned(settings, Setup("tiny", 4, (32, 32), None, None), 0.01)
     with pytest.raises(UserError, match="--hours 0.01 is too short.* give ") as refusal:
-        plan._refuse_too_short(settings, found.measured, found.prediction)
+        plan._refuse_too_short(settings, found.measured, found.prediction, "All is quiet.")
     enough = float(str(refusal.value).split(" give ")[1].split()[0])
     found = planned(settings, found.measured.setup, enough)
-    plan._refuse_too_short(PlanSettings(source="shapes", hours=enough), found.measured, found.prediction)
+    plan._refuse_too_short(
+        PlanSettings(source="shapes", hours=enough), found.measured, found.prediction, "All is quiet."
+    )
     assert planning.completeness(TINY, found.prediction) >= 0.9 * planning.ENOUGH
 
 
