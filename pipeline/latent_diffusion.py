@@ -312,12 +312,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if self.condition == "text":
             asked = Conditions(text=self.encode_prompts(wanted), given=beside)
             return asked, asked._replace(text=self.encode_prompts([None] * num_images)) if any(wanted) else None
-        y = self.class_labels(wanted)
-        asked = Conditions(labels=y, given=beside)
-        null = self.class_labels([None] * num_images)
-        if y is None or torch.equal(y, null):
-            return asked, None
-        return asked, asked._replace(labels=as_shares(null, len(self.labels) + 1) if y.is_floating_point() else null)
+        y, null = (class_labels(self.labels, of) for of in (wanted, [None] * num_images))
+        if y is None:
+            return Conditions(given=beside), None
+        null = as_shares(null, len(self.labels) + 1) if y.is_floating_point() else null
+        where, same = self._execution_device, torch.equal(y, null)
+        asked = Conditions(labels=y.to(where), given=beside)
+        return asked, None if same else asked._replace(labels=null.to(where))
 
     def encode_prompts(self, prompts: list[Label]) -> Tensor:
         """Hidden states (B, n, d) of prompts, as StableDiffusionPipeline makes them; None is the empty prompt."""
@@ -335,14 +336,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """A scheduler for one drawing; it keeps its place, so threads may share the models but not this."""
         saved = self.student_scheduler if order.fast else self.scheduler
         scheduler = make_scheduler(saved.config, order.sampler) if order.sampler else saved.from_config(saved.config)
-        scheduler.set_timesteps(order.num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(order.num_inference_steps)  # on the CPU: their values are asked for at every step
         return scheduler
 
     def prepare_latents(self, generators: list[torch.Generator], shape: tuple[int, int, int] | None = None) -> Tensor:
         """Noise (B, c, h, w), each picture's from a generator of its own."""
-        shape = shape or self.latent_shape
-        noise = [torch.randn(shape, generator=g, device=g.device).to(self._execution_device) for g in generators]
-        return torch.stack(noise)
+        shape, where = shape or self.latent_shape, self._execution_device  # which looks through all modules each time
+        return torch.stack([torch.randn(shape, generator=g, device=g.device).to(where) for g in generators])
 
     def _noise(self, order: Order, num_images: int) -> tuple[Tensor, list[torch.Generator]]:
         """The noise (B, c, h, w) that a drawing begins with, and where more of it comes from."""

@@ -40,14 +40,14 @@ Told = tuple[Conditions, Conditions | None]  # and the same without labels or pr
 def evaluate(unet: UNet, z: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
     """The network's output (B, c, h, w) for noisy latents of that shape, in their precision."""
     x = z if conditions.given is None else torch.cat([z, conditions.given.to(z)], dim=1)
-    x = x.to(unet.dtype)
+    x = x.to(unet.conv_in.weight.dtype)  # `unet.dtype` looks through all modules, as long as a small layer takes
     if conditions.text is not None:
         return unet(x, t, encoder_hidden_states=conditions.text).sample.to(z.dtype)
     y = conditions.labels
     if y is None or not y.is_floating_point():
         return unet(x, t, class_labels=y).sample.to(z.dtype)
     # A blend of classes is the blend of their embeddings, put in the place of the table.
-    table = y.to(unet.dtype) @ unet.class_embedding.weight
+    table = y.to(unet.class_embedding.weight.dtype) @ unet.class_embedding.weight
     rows = torch.arange(len(y), device=y.device)
     return _with_classes(unet, table)(x, t, class_labels=rows).sample.to(z.dtype)
 

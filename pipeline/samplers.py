@@ -13,6 +13,7 @@ from torch import Tensor
 SAMPLERS = ("ddim", "dpm++2m", "unipc", "heun", "euler")
 TIMES = 1000
 _LAST_SIGMA = 50.0  # of a chain that ends in pure noise: above it a solver would only waste its steps
+_FLOW_SHIFT = 1.2  # of UniPC: with a little more of the evaluations near noise, 6 of them do what else takes 8
 
 
 def make_scheduler(config: Mapping[str, Any], name: str) -> SchedulerMixin:
@@ -41,9 +42,9 @@ def _flow_sampler(config: Mapping[str, Any], method: str) -> SchedulerMixin:
     if method == "heun":
         return diffusers.FlowMatchHeunDiscreteScheduler()
     # The stock Euler for flows walks to s = 0.001 and wastes its last step on the rest; order 1 here is the same step.
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("flow_shift", 1.0)}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if method == "unipc":
-        return diffusers.UniPCMultistepScheduler(solver_order=3, **flow)
+        return diffusers.UniPCMultistepScheduler(solver_order=3, flow_shift=_FLOW_SHIFT, **flow)
     return diffusers.DPMSolverMultistepScheduler(solver_order=2 if method == "dpm++2m" else 1, **flow)
 
 

@@ -32,7 +32,8 @@ def test_a_student_s_sampler_comes_back_from_its_folder(name, tmp_path):
     sampler = few_step_sampler(objective(name))
     sampler.save_pretrained(tmp_path)
     again = load_scheduler(tmp_path, "MODEL")
-    assert again.config == sampler.config and again.config.lambda_min_clipped == -float("inf")
+    ours, theirs = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in (sampler, again))
+    assert ours == theirs and theirs["lambda_min_clipped"] == -float("inf")
 
 
 def scales(name, t):

@@ -44,7 +44,7 @@ def code(pipe, image):
 def test_a_changed_picture_is_that_of_stock_diffusers(strength, steps):
     """Where the grid is even in time, stock diffusers begins at the same step from the same latents."""
     parts = text_parts()
-    ours = pipeline(text_unet(), sampler="unipc", **parts)
+    ours = pipeline(text_unet(), sampler="dpm++2m", **parts)
     missing = dict.fromkeys(("safety_checker", "feature_extractor"))
     stock = StableDiffusionImg2ImgPipeline(
         vae=ours.vae, unet=ours.unet, scheduler=ours.scheduler, requires_safety_checker=False, **parts, **missing

@@ -11,6 +11,7 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
+from benchmarks.sample_baselines import ddim
 from benchmarks.samplers import TRAINED, Mixture, moments, walk
 from calotype.metrics import frechet_distance
 from calotype.pipeline.samplers import SAMPLERS, make_scheduler
@@ -54,6 +55,20 @@ def test_fifteen_evaluations_are_as_good_as_a_hundred_steps_of_heun(trained):
     reference = frechet_distance(moments(walk(model, make_scheduler(TRAINED[trained], "heun"), 100, z)[0]), true)
     assert evaluations == 15
     assert frechet_distance(moments(x), true) < 1.02 * reference
+
+
+def test_a_few_evaluations_of_a_flow_are_as_near_as_many_of_ddim():
+    """As published: 50 or 200 steps of noise prediction, the same mixture and noise."""
+    z, usual, flow = noise(1000, 64), TRAINED["epsilon"], TRAINED["flow"]
+    for theirs, ours in ((50, 9), (200, 12)):
+        found = [
+            frechet_distance(moments(walk(model, scheduler, steps, z)[0]), model.moments())
+            for model, scheduler, steps in (
+                (Mixture.example(usual), ddim(usual), theirs),
+                (Mixture.example(flow), make_scheduler(flow, "unipc"), ours),
+            )
+        ]
+        assert found[1] <= found[0]
 
 
 @pytest.mark.parametrize("trained", [name for name in TRAINED if name != "flow"])
