@@ -5,10 +5,10 @@
 
 Both sides share RUN's latents and autoencoder, the preset's network, batch and optimiser, the average of the weights
 and the sampler. The usual recipe is noise prediction at uniform times (Ho et al. 2020; Rombach et al. 2022), its
-learning rate the best of several in trials of half the time; ours is the preset as it is. The learning rate falls to 0
-at the end of a run, so every length is a run of its own. A second is as many steps as an undisturbed core takes in one,
-found by turns at the beginning: both sides then do the same work whoever else computes. DIR keeps all rows, the samples
-of the main length for others to judge, and the curve as SVG.
+learning rate the best of several in trials of half the time; ours is the preset's, unless --our-lrs asks for the same.
+It falls to 0 at the end of a run, so every length is a run of its own. A second is as many steps as an undisturbed core
+takes in one, found by turns at the beginning: both sides then do the same work whoever else computes. DIR keeps all
+rows, the samples of the main length for others to judge, and the curve as SVG.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15, help="evaluations of the sampler")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.0], help="scales beside 1")
     parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="tried for the usual recipe")
+    parser.add_argument("--our-lrs", type=float, nargs="+", default=[], help="tried for ours (default: the preset's)")
     parser.add_argument("--preset", default="tiny", help="of stage 2")
     parser.add_argument("--minutes", type=float, help="begin no other training after so many")
     return parser.parse_args()
@@ -99,6 +100,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.judge = args, Judge(args.run)
+        self.tried = {"ours": args.our_lrs, "usual": args.lrs}
         self.file = args.out / "rows.jsonl"
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         self.rows = [Row(**json.loads(line)) for line in lines]
@@ -107,7 +109,7 @@ class Bench:
     def left(self) -> list[Run]:
         """Trainings that are still to be done, the most telling first; tuning comes before all that depends on it."""
         done = {row.run for row in self.rows}
-        tuning = [Run("usual", lr, 0, self.args.cpu_seconds / 2) for lr in self.args.lrs]
+        tuning = [Run(side, lr, 0, self.args.cpu_seconds / 2) for side in SIDES for lr in self.tried[side]]
         missing = [run for run in tuning if run not in done]
         return missing or [run for run in self._measured() if run not in done]
 
@@ -130,10 +132,10 @@ class Bench:
         write_svg(self.args.out / "curve.svg", series, "seconds of training", "Fréchet distance")
         return conclude("quality", figures(self), vars(self.args), {"rows": [r._asdict() for r in self.rows]})
 
-    def best_rate(self) -> float:
-        """The learning rate of the usual recipe whose trial came nearest."""
-        trials = {lr: self.found("usual", 0.5, lr=lr)[0].few for lr in self.args.lrs}
-        return min(trials, key=trials.get)
+    def best_rate(self, side: str) -> float | None:
+        """The learning rate whose trial came nearest; None for the preset's where none was tried."""
+        trials = {lr: self.found(side, 0.5, lr=lr)[0].few for lr in self.tried[side]}
+        return min(trials, key=trials.get, default=None)
 
     def curve(self, side: str) -> list[tuple[float, float]]:
         """Seconds and the distance of few samples at guidance 1, with the first seed, which has all lengths."""
@@ -143,21 +145,18 @@ class Bench:
 
     def found(self, side: str, share: float, guidance: float = 1.0, lr: float | None = None) -> list[Row]:
         """Rows of one length by seed."""
-        lr = self._rate(side) if lr is None else lr
+        lr = self.best_rate(side) if lr is None else lr
         wanted = (side, lr, share * self.args.cpu_seconds, guidance)
         rows = [row for row in self.rows if (row.side, row.lr, row.seconds, row.guidance) == wanted]
         return sorted(rows, key=lambda row: row.seed)
 
-    def _rate(self, side: str) -> float | None:
-        return self.best_rate() if side == "usual" else None
-
     def _measured(self) -> list[Run]:
         """The main length of the first seed, then what shows the lead, then other seeds and the rest of the curve."""
-        rate, main = self.best_rate(), self.args.cpu_seconds
-        first = [Run(side, self._rate(side), 0, main) for side in SIDES] + [Run("usual", rate, 0, 3 * main)]
-        seeds = [Run(side, self._rate(side), seed, main) for seed in range(1, self.args.seeds) for side in SIDES]
-        rest = [Run(side, self._rate(side), 0, share * main) for side in SIDES for share in SHARES[side]]
-        late = [Run("usual", rate, seed, 3 * main) for seed in range(1, self.args.late_seeds)]
+        rates, main = {side: self.best_rate(side) for side in SIDES}, self.args.cpu_seconds
+        first = [Run(side, rate, 0, main) for side, rate in rates.items()] + [Run("usual", rates["usual"], 0, 3 * main)]
+        seeds = [Run(side, rate, seed, main) for seed in range(1, self.args.seeds) for side, rate in rates.items()]
+        rest = [Run(side, rate, 0, share * main) for side, rate in rates.items() for share in SHARES[side]]
+        late = [Run("usual", rates["usual"], seed, 3 * main) for seed in range(1, self.args.late_seeds)]
         return list(dict.fromkeys(first + seeds + rest + late))
 
     def _stage(self, run: Run) -> DiffusionStage:
@@ -230,16 +229,19 @@ def best_guidance(bench: Bench, side: str) -> float:
 
 def lead(bench: Bench) -> tuple[float, str]:
     """How many times our main length the usual recipe trains until its curve passes our distance, and in words."""
-    args, ours = bench.args, mean(row.few for row in bench.found("ours", 1))
-    curve = bench.curve("usual")
+    args, ours = bench.args, bench.found("ours", 1)[0].few
+    seconds, how = caught_up(bench.curve("usual"), ours)
+    return seconds / args.cpu_seconds, f"{how}; guidance 1, n={args.few:,}, seed 0; ours is at {ours:.3g}"
+
+
+def caught_up(curve: list[tuple[float, float]], goal: float) -> tuple[float, str]:
+    """When a curve of (seconds, distance) first comes as near as the goal, between its points by straight lines."""
+    if curve[0][1] <= goal:
+        return curve[0][0], "at most: it is there from its first point on"
     for (before, above), (after, below) in zip(curve, curve[1:]):
-        if above > ours >= below:
-            share = (above - ours) / (above - below)
-            return (before + share * (after - before)) / args.cpu_seconds, f"guidance 1, n={args.few}, interpolated"
-    seconds, distance = curve[-1]
-    if distance > ours:
-        return seconds / args.cpu_seconds, f"at least: after {seconds:g} s it is at {distance:.3g}, ours at {ours:.3g}"
-    return curve[0][0] / args.cpu_seconds, "at most: it was there from its first point on"
+        if below <= goal:
+            return before + (above - goal) / (above - below) * (after - before), "between two lengths"
+    return curve[-1][0], f"at least: at its end it is at {curve[-1][1]:.3g}"
 
 
 if __name__ == "__main__":
