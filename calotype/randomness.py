@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 _BLOCK, _WINDOW = 64, 256  # items in a block of the order, blocks in a window
+_IN_CACHE = 32_768  # pairs of normal numbers that are made at once, so that what is between stays in a core's cache
 _WORDS_PER_BLOCK = 4  # Philox 4x64 yields four words for each value of its counter
 
 
@@ -38,11 +39,24 @@ def uniform(seed: int, purpose: str, start: int, count: int, shape: tuple[int, .
 def normal(seed: int, purpose: str, start: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal numbers (count, *shape) in float32, a block for each position from `start` on (Box-Muller)."""
     size = int(np.prod(shape))
-    words = _words(seed, purpose, start, count, -(-size // 2))
-    radius = np.sqrt(-2 * np.log(((words >> 32) + 1) / 2**32))
+    pairs = -(-size // 2)
+    found, step = np.empty((count, 2 * pairs), dtype=np.float32), max(1, _IN_CACHE // max(pairs, 1))
+    for first in range(0, count, step):
+        part = found[first : first + step]
+        _box_muller(_words(seed, purpose, start + first, len(part), pairs), part)
+    return torch.from_numpy(found[:, :size]).reshape(count, *shape)
+
+
+def _box_muller(words: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` (n, 2 k) with normal numbers from words (n, k): the cosines, and then the sines."""
+    radius = np.log(((words >> 32) + 1) / 2**32)
+    radius *= -2
+    np.sqrt(radius, out=radius)
     angle = 2 * np.pi * (words & 0xFFFFFFFF) / 2**32
-    pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
-    return torch.from_numpy(pairs.astype(np.float32)).reshape(count, *shape)
+    k = words.shape[1]
+    wave = np.cos(angle)
+    np.multiply(radius, wave, out=out[:, :k], casting="same_kind")
+    np.multiply(radius, np.sin(angle, out=wave), out=out[:, k:], casting="same_kind")
 
 
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:

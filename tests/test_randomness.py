@@ -22,6 +22,20 @@ def test_known_value_holds_on_every_machine():
     assert key(0, "order", 1) == 8024286156118006313
 
 
+@pytest.mark.parametrize("count, shape", [(0, (3,)), (1, (1,)), (5, (3,)), (7, (4, 8, 8)), (9, (4, 64, 64)), (3, ())])
+def test_normal_numbers_are_those_of_the_formula(count, shape):
+    """Box and Muller (1958) at once, on words of 64 bits from NumPy's Philox."""
+    size = int(np.prod(shape))
+    words = -(-size // 2)
+    blocks = -(-words // 4)
+    bits = np.random.Philox(key=key(5, "noise"), counter=11 * blocks).random_raw(count * blocks * 4)
+    bits = bits.reshape(count, -1)[:, :words] if count else np.zeros((0, words), np.uint64)
+    radius = np.sqrt(-2 * np.log(((bits >> 32) + 1) / 2**32))
+    angle = 2 * np.pi * (bits & 0xFFFFFFFF) / 2**32
+    whole = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size].astype(np.float32)
+    assert np.array_equal(normal(5, "noise", 11, count, shape).numpy(), whole.reshape(count, *shape))
+
+
 def test_normal_numbers_follow_the_normal_distribution():
     x = normal(0, "noise", 0, 4000, (64,)).flatten().double().sort().values
     theory = torch.distributions.Normal(0.0, 1.0).cdf(x)
