@@ -24,7 +24,9 @@ from calotype.sheet import read_sheet
 
 # Of --max-minutes: the end of stage 1, and the end of stage 2, whatever came before them took.
 STAGE1_UNTIL, STAGE2_UNTIL = 0.36, 0.92
-_SHARED = ("preset", "seed", "precision", "checkpoint_every", "batch_size", "lr", "steps", "allow_data_change")
+_SHARED = (
+    "preset", "seed", "precision", "compile", "checkpoint_every", "batch_size", "lr", "steps", "allow_data_change",
+)  # fmt: skip
 _MODULES = {"train-vae": "calotype.stage1_vae.train", "train-diffusion": "calotype.stage2_diffusion.train"}
 _COMMANDS = ("train-vae", "encode", "train-diffusion", "export", "evaluate")
 _OWN = ("stage1_vae", "latents", "stage2_diffusion", "pipeline", "metrics.json", "report.html", "run.json")

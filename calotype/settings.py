@@ -68,6 +68,7 @@ class RunSettings(DataSettings):
     precision: Allowed[Literal["auto", "fp32", "bf16"]] = Field(
         "auto", description="auto: bf16 where the device is good at it"
     )
+    compile: Allowed[bool] = Field(False, description="compile the networks: minutes at first, worth it on a GPU")
     checkpoint_every: Free[Steps] = Field(500, ge=1, description="steps between checkpoints")
     nproc: Free[int] = Field(1, ge=1, le=1024, description="processes of both stages")
     allow_data_change: Free[bool] = Field(
