@@ -112,7 +112,7 @@ def test_the_table_is_as_it_was_decided():
     )
     assert kinds[Change.ALLOWED] == set(
         "preset steps max_minutes micro_batches lr lr_schedule warmup_steps weight_decay clip precision validations "
-        "adversarial_start adversarial_pretraining adversarial_cap max_psnr_drop discriminator_lr "
+        "compile adversarial_start adversarial_pretraining adversarial_cap max_psnr_drop discriminator_lr "
         "gradient_checkpointing kid_samples guidance sampler_steps decoder_steps decoder_lr".split()
     )
     assert {"seed", "batch_size", "width", "objective", "flip", "optimizer", "ema_width"} <= kinds[Change.REFUSED]
