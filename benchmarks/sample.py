@@ -74,12 +74,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="a finished run, with distilled/ for the student")
     parser.add_argument("--usual", type=Path, required=True, help="stage 2 trained with --objective epsilon")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5], help="of guidance, tried on both sides")
-    parser.add_argument(
-        "--evaluations", type=int, default=10, help="of ours: as near as DDIM-200 (benchmarks.samplers)"
-    )
+    parser.add_argument("--evaluations", type=int, default=10, help="of ours, to be as near as DDIM-200")
+    parser.add_argument("--fewer", type=int, default=6, help="of ours, to be as near as DDIM-50")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=6, help="of timing at batch 1; a third of them above")
     parser.add_argument("-n", type=int, default=500, help="samples of each distance (0: none)")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="distances of which of ours")
     parser.add_argument(
         "--against", nargs="+", choices=STEPS, default=list(STEPS), help="distances of which usual ones"
     )
