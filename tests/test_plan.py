@@ -254,7 +254,13 @@ def test_a_real_plan_leaves_nothing_behind(pictures, tmp_path, monkeypatch, caps
 def test_ctrl_c_ends_the_probes_and_clears_up(pictures, tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     words = [sys.executable, "-m", "calotype", "plan", str(pictures), "--hours", "1"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        words,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list(tmp_path.glob("calotype-plan-*/probe2.log")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
