@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def main() -> int:
     parser.add_argument("--latents", type=int, default=16_384, help="cached latents (4, 8, 8), and an eighth at 32x32")
     parser.add_argument("--preset", default="small", choices=VaeSettings.PRESETS, help="of the autoencoder")
     parser.add_argument("--image-size", type=int, help="default: by preset")
-    parser.add_argument("--photographs", type=int, default=48, help="in each of the folders")
-    parser.add_argument("--rounds", type=int, default=5, help="of which each has a folder of photographs of its own")
+    parser.add_argument("--photographs", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     one_thread()
     figures, parts = [], {"reader": of_reader, "photographs": of_photographs}
@@ -165,36 +166,37 @@ def of_photographs(args: argparse.Namespace, folder: Path) -> list[Figure]:
     """How many times as fast, where our time goes, and what decoding at a fraction of the size changes."""
     size = args.image_size or int(PRESET_IMAGE_SIZE[args.preset])
     vae = write_autoencoder(folder / "vae", args.preset, size)
-    folders = [write_photographs(folder / f"pictures{i}", args.photographs, seed=i) for i in range(args.rounds + 1)]
-    ours, usual, spent = iter(folders), iter(folders), {}
+    pictures = write_photographs(folder / "pictures", args.photographs, seed=0)
+    caches, parts = (folder / f"cache{i}" for i in count()), []
 
-    def encode_next() -> None:
-        place = next(ours)
-        spent.clear()
-        with metered(spent):
-            words = ["encode", str(place), "--vae", str(vae), "--out", str(place.with_suffix(".latents"))]
-            assert cli.main(words) == 0
+    def ours() -> None:
+        parts.append({})
+        with metered(parts[-1]):
+            assert cli.main(["encode", str(pictures), "--vae", str(vae), "--out", str(next(caches))]) == 0
 
-    recipes = {"usual": lambda: stock_pass(next(usual), vae, size, folder / "usual.pt"), "ours": encode_next}
-    seconds = take_turns(recipes, args.rounds)
-    how = f"preset {args.preset}, {size}x{size}, {args.photographs} JPEGs a folder of 500 to 1,000 pixels a side"
+    usual = partial(stock_pass, pictures, vae, size, folder / "usual.pt")
+    seconds = take_turns({"usual": usual, "ours": ours}, args.rounds)
     ratio = times_as_fast(seconds["usual"], seconds["ours"])
-    rates = {name: args.photographs / median(taken) for name, taken in seconds.items()}
+    how = f"preset {args.preset}, {size}x{size}, {args.photographs} JPEGs of 500 to 1,000 pixels a side"
     figures = [of_ratio("folder of JPEGs to cache", ratio, FASTER, how)]
-    figures += [Figure(f"{name}: pictures", rate, "/s") for name, rate in rates.items()]
-    figures += [
-        Figure(f"ours: {part}", 1000 * taken / args.photographs, "ms a picture") for part, taken in spent.items()
-    ]
-    return [*figures, draft_error(folders[0], size)]
+    figures += [Figure(f"{name}: pictures", args.photographs / median(seconds[name]), "/s") for name in seconds]
+    return [*figures, *where_it_goes(parts[1:], seconds["ours"], args.photographs), draft_error(pictures, size)]
+
+
+def where_it_goes(parts: list[dict[str, float]], whole: list[float], number: int) -> list[Figure]:
+    """CPU milliseconds a picture of each part, and of the rest."""
+    each = {part: median([found[part] for found in parts]) for part in parts[0]}
+    each["the rest"] = median(whole) - sum(each.values())
+    return [Figure(f"ours: {part}", 1000 * taken / number, "ms a picture") for part, taken in each.items()]
 
 
 @contextlib.contextmanager
 def metered(spent: dict[str, float]) -> Iterator[None]:
     """Add up the CPU seconds of the parts of `calotype encode`."""
     parts = {
-        "headers and data sheet": (encode, "open_sheet"),
-        "decoding": (pictures_of, "load_image"),
-        "resizing": (pictures_of, "fit_image"),
+        "data sheet (decodes, hashes, resizes)": (encode, "open_sheet"),
+        "decoding again": (pictures_of, "load_image"),
+        "resizing again": (pictures_of, "fit_image"),
         "encoder": (encode, "posterior"),
         "writing and hashing": (Shards, "write"),
     }

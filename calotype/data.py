@@ -109,7 +109,11 @@ class Pictures:
             variation = VARIATIONS[self.sheet.source]
             picture = shapes.render(shapes.draw_factors(self.sheet.seed, int(record.file), variation), self.size)
             return picture.convert("L") if self.sheet.channels == 1 else picture
-        picture = load_image(on_disk(self._root, record.file), channels=self.sheet.channels, draft_size=max(self.size))
+        file = on_disk(self._root, record.file)
+        prepared = self.sheet.prepared and self.sheet.prepared.take(file, self.sheet.channels)
+        if prepared:
+            return prepared
+        picture = load_image(file, channels=self.sheet.channels, draft_size=max(self.size))
         return fit_image(picture, self.size, self.sheet.fit)
 
     def _note(self, record: Record, error: UnreadableImage) -> None:

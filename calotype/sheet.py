@@ -14,6 +14,7 @@ from calotype import checkpoint
 from calotype.config import PRESET_IMAGE_SIZE, DataSettings, fraction_of, height_width
 from calotype.data_change import changes, refuse_changed
 from calotype.errors import UserError
+from calotype.prepared import Prepared
 from calotype.source import DEFAULT_FRACTION, VARIATIONS, Record, read_folder, read_shapes
 
 _PURPOSES = {"train": "train on", "val": "hold out"}
@@ -43,6 +44,7 @@ class Sheet:
     val_root: str | None = None
     records: list[Record] = field(default_factory=list, repr=False)
     file: Path | None = None  # where it was read from; None: made just now
+    prepared = None  # of a sheet made just now the pictures, as far as memory allows; no field, for it is not written
 
     @property
     def class_names(self) -> list[str]:
@@ -98,7 +100,7 @@ def open_sheet(source: str, settings: DataSettings, seed: int, out: Path, image_
     named = Path(source).name == "data.json"
     file = Path(source) if named else out / "data.json"
     if not file.exists() and not named:
-        return make_sheet(source, settings, seed, image_size)
+        return make_sheet(source, settings, seed, image_size, keep=True)
     sheet = read_sheet(file)
     if not named and sheet.source != source:
         raise UserError(f"--out {out} holds the data sheet of {sheet.source}, not {source}; give another --out.")
@@ -122,8 +124,13 @@ def read_sheet(file: Path) -> Sheet:
     return sheet
 
 
-def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) -> Sheet:
-    """Read a source; unreadable files are left out and named, more than 1 in 100 raises UserError."""
+def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str, keep: bool = False) -> Sheet:
+    """Read a source; unreadable files are left out and named, more than 1 in 100 raises UserError.
+
+    With `keep` the pictures are kept too, for who is going to need them.
+    """
+    size, fit = height_width(settings.image_size or image_size), settings.fit or "crop"
+    prepared = Prepared(size, fit) if keep else None
     if source in VARIATIONS:
         if settings.val and fraction_of(settings.val) is None:
             raise UserError(f"--val {settings.val}: {source} has no folders; give a fraction such as 0.05.")
@@ -131,12 +138,12 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
     elif ":" in source and not Path(source).exists():
         raise UserError(f"SOURCE {source} is not known; give `shapes`, `shapes:full` or a folder of pictures.")
     else:
-        found = read_folder(Path(source), settings)
+        found = read_folder(Path(source), settings, prepared)
     labels = Counter(record.label for record in found.records)
     sheet = Sheet(
         source=source,
-        image_size=list(height_width(settings.image_size or image_size)),
-        fit=settings.fit or "crop",
+        image_size=list(size),
+        fit=fit,
         channels=settings.channels or found.channels,
         seed=seed,
         counts={"train": sum(not r.val for r in found.records), "val": sum(r.val for r in found.records)},
@@ -152,6 +159,8 @@ def make_sheet(source: str, settings: DataSettings, seed: int, image_size: str) 
         val=settings.val or str(DEFAULT_FRACTION),
         records=found.records,
     )
+    if sheet.channels in (3, found.channels):
+        sheet.prepared = prepared
     for split, count in sheet.counts.items():
         if not count:
             raise UserError(f"SOURCE {source}: no picture is left to {_PURPOSES[split]}; add some, or change --val.")

@@ -15,6 +15,7 @@ from calotype.errors import UserError
 from calotype.folder import Entry, on_disk, survey
 from calotype.folder_notes import header_notes, notes
 from calotype.picture_files import Header, UnreadableImage, display_name, inspect, load_image
+from calotype.prepared import Prepared
 from calotype.reading import each, listing, refuse_many_bad, sha256
 
 UNLABELLED = -1
@@ -62,14 +63,18 @@ def read_shapes(source: str, seed: int, fraction: float) -> Found:
     return Found(records, list(shapes.CLASSES), 3, {}, [])
 
 
-def read_folder(root: Path, settings: DataSettings) -> Found:
-    """Decode every file of a folder, and of the folder that --val may name; raises UserError."""
+def read_folder(root: Path, settings: DataSettings, prepared: Prepared | None = None) -> Found:
+    """Decode every file of a folder, and of the folder that --val may name; raises UserError.
+
+    `prepared` gets the pictures.
+    """
     fraction = fraction_of(settings.val) or DEFAULT_FRACTION
     val_root = Path(settings.val) if settings.val and fraction_of(settings.val) is None else None
     if val_root and val_root.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--val {val_root} lies inside SOURCE {root}, so it would be trained on; move it outside.")
     seen, seen_val = survey(root), survey(val_root) if val_root else None
-    train, val = _check(root, seen.entries), _check(val_root, seen_val.entries) if val_root else []
+    train = _check(root, seen.entries, prepared)
+    val = _check(val_root, seen_val.entries, prepared) if val_root else []
     good, bad = [c for c in train + val if not c.fault], [c for c in train + val if c.fault]
     refuse_many_bad(root, [c.fault for c in bad], len(train + val), settings.allow_bad)
     classes = sorted({c.entry.label for c in train if c.entry.label and not c.fault})
@@ -100,21 +105,25 @@ class _Checked(NamedTuple):
     hash: str = ""
 
 
-def _check(root: Path, entries: list[Entry]) -> list[_Checked]:
+def _check(root: Path, entries: list[Entry], prepared: Prepared | None) -> list[_Checked]:
     """Decode every file once: only that finds the damaged ones before step 40,000 does.
 
     A JPEG at a fraction of its size: every byte of it is read all the same.
     """
+    inside, size = root.resolve(), max(prepared.size) if prepared else _CHECKED
 
     def check(entry: Entry) -> _Checked:
         file = on_disk(root, entry.file)
         try:
-            picture = load_image(file, channels=3, draft_size=_CHECKED)
-            return _Checked(entry, "", inspect(file), _is_grey(picture), sha256(file))
+            picture = load_image(file, channels=3, draft_size=size)
+            checked = _Checked(entry, "", inspect(file), _is_grey(picture), sha256(file))
         except UnreadableImage as error:
             return _Checked(entry, fault=str(error))
         except OSError as error:  # it went away in between
             return _Checked(entry, fault=f"{display_name(file)}: {error.strerror}")
+        if prepared is not None:
+            prepared.add(on_disk(inside, entry.file), picture)
+        return checked
 
     return list(track(each(check, entries), f"Reading {root}", len(entries), transient=True))
 

@@ -217,7 +217,9 @@ class EncodeSettings(DataSettings):
     vae: Path = Field(description="autoencoder (a diffusers folder)")
     out: Path = Field(description="folder of the cache")
     flip: bool = Field(False, description="cache mirror images too")
-    batch_size: Count = Field(128, ge=1, description="pictures encoded at once")
+    batch_size: Maybe[Count] = Field(
+        None, ge=1, description="pictures encoded at once (default: 128; on a CPU as many as its caches hold)"
+    )
     shard_size: int = Field(16_384, ge=1, le=10**7, description="pictures in one shard")
     seed: Seed = Field(0, description="seed of a procedural source")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
