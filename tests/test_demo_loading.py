@@ -17,9 +17,7 @@ from calotype.demo.loading import Loading
 from calotype.errors import UserError
 from calotype.pipeline.model_folder import fill, load, outlined
 
-gradio_client = pytest.importorskip(
-    "gradio_client", reason="loading is NOT tested: gradio_client is missing"
-)
+gradio_client = pytest.importorskip("gradio_client", reason="loading is NOT tested: gradio_client is missing")
 
 
 @pytest.fixture(scope="module")
