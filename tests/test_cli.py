@@ -31,7 +31,7 @@ def test_help_is_quick_and_imports_nothing_heavy(argv):
         seconds.append(ended.children_user - began.children_user + ended.children_system - began.children_system)
         assert done.returncode == 0 and done.stderr.strip() == ""
     assert argv[0] in done.stdout or "usage" in done.stdout
-    assert min(seconds) < 0.5, seconds
+    assert min(seconds) < (0.5 if argv == ["--help"] else 1.0), seconds  # twice of what it takes on a crowded machine
 
 
 @pytest.mark.parametrize(
