@@ -34,7 +34,7 @@ from benchmarks.timing import median, one_thread, take_turns, times_as_fast
 from calotype import cli
 from calotype import data as pictures_of
 from calotype.config import PRESET_IMAGE_SIZE
-from calotype.images import fit_image
+from calotype.images import draft_for, fit_image
 from calotype.latents import LatentBatches, LatentCache, Shards
 from calotype.picture_files import load_image
 from calotype.stage1_vae import encode
@@ -225,7 +225,10 @@ def draft_error(folder: Path, size: int) -> Figure:
     """Peak signal-to-noise ratio between pictures decoded at a fraction of their size and whole ones, as resized."""
     found = []
     for file in sorted(folder.rglob("*.jpg")):
-        pair = [fit_image(load_image(file, channels=3, draft_size=d), (size, size), "crop") for d in (size, None)]
+        pair = [
+            fit_image(load_image(file, channels=3, draft_size=d), (size, size), "crop")
+            for d in (draft_for((size, size)), None)
+        ]
         a, b = (np.asarray(image, np.float64) for image in pair)
         found.append(10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-9)))
     return Figure("decoded small against whole", median(found), "dB", low=min(found), high=max(found))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from calotype import shapes
 from calotype.errors import UserError
 from calotype.folder import on_disk
-from calotype.images import fit_image, to_uint8
+from calotype.images import draft_for, fit_image, to_uint8
 from calotype.picture_files import UnreadableImage, display_name, load_image
 from calotype.randomness import KeyedOrder, uniform
 from calotype.sheet import VARIATIONS, Record, Sheet
@@ -113,7 +113,7 @@ class Pictures:
         prepared = self.sheet.prepared and self.sheet.prepared.take(file, self.sheet.channels)
         if prepared:
             return prepared
-        picture = load_image(file, channels=self.sheet.channels, draft_size=max(self.size))
+        picture = load_image(file, channels=self.sheet.channels, draft_size=draft_for(self.size))
         return fit_image(picture, self.size, self.sheet.fit)
 
     def _note(self, record: Record, error: UnreadableImage) -> None:

@@ -14,6 +14,7 @@ from calotype.config import DataSettings, fraction_of
 from calotype.errors import UserError
 from calotype.folder import Entry, on_disk, survey
 from calotype.folder_notes import header_notes, notes
+from calotype.images import draft_for
 from calotype.picture_files import Header, UnreadableImage, display_name, inspect, load_image
 from calotype.prepared import Prepared
 from calotype.reading import each, listing, refuse_many_bad, sha256
@@ -110,7 +111,7 @@ def _check(root: Path, entries: list[Entry], prepared: Prepared | None) -> list[
 
     A JPEG at a fraction of its size: every byte of it is read all the same.
     """
-    inside, size = root.resolve(), max(prepared.size) if prepared else _CHECKED
+    inside, size = root.resolve(), draft_for(prepared.size) if prepared else _CHECKED
 
     def check(entry: Entry) -> _Checked:
         file = on_disk(root, entry.file)

@@ -13,7 +13,7 @@ from calotype import device
 from calotype.data import Pictures, evenly_spaced
 from calotype.errors import UserError
 from calotype.folder import Entry, list_pictures
-from calotype.images import fit_image, load_image, to_uint8
+from calotype.images import draft_for, fit_image, load_image, to_uint8
 from calotype.pipeline.given import given
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.randomness import uniform
@@ -130,7 +130,7 @@ def _entries(folder: Path) -> list[Entry]:
 
 def _picture(file: Path, sheet: Sheet) -> Tensor:
     size = tuple(sheet.image_size)
-    return to_uint8(fit_image(load_image(file, channels=sheet.channels, draft_size=max(size)), size, sheet.fit))
+    return to_uint8(fit_image(load_image(file, channels=sheet.channels, draft_size=draft_for(size)), size, sheet.fit))
 
 
 def _labels(entries: list[Entry], sheet: Sheet) -> Tensor | None:

@@ -15,6 +15,7 @@ from calotype.errors import UserError
 from calotype.images import (
     UnreadableImage,
     denormalize,
+    draft_for,
     fit_image,
     image_grid,
     load_image,
@@ -234,6 +235,17 @@ def test_draft_keeps_the_short_side_and_the_picture():
     assert draft.size == (200, 120)
     reduced = np.asarray(whole.reduce(4), dtype=float)
     assert np.abs(reduced - np.asarray(draft)).mean() < 3
+
+
+def test_a_picture_that_is_decoded_small_is_the_one_that_is_decoded_whole():
+    smooth = gradient(640, 640).astype(float)
+    grain = np.random.default_rng(0).normal(0, 12, smooth.shape)
+    file = saved(Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)), "JPEG", quality=92)
+    small = load_image(file, channels=3, draft_size=draft_for((64, 64)))
+    whole = load_image(file, channels=3)
+    assert small.size == (160, 160)
+    found, expected = (np.asarray(fit_image(image, (64, 64), "crop"), dtype=float) for image in (small, whole))
+    assert 10 * np.log10(255**2 / ((found - expected) ** 2).mean()) > 48
 
 
 def hostile_files(folder):
