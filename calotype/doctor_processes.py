@@ -37,11 +37,12 @@ class Processes:
             self.closed = True
         for process in self.started:
             if process.poll() is None:
-                _kill(process)
+                kill_group(process)
             process.wait()
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session of its own, with all that it started."""
     if os.name == "nt":
         process.kill()
         return

@@ -1,7 +1,6 @@
 """The processes that probe the stages, none of which outlives a plan."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from calotype.doctor_processes import kill_group
 from calotype.errors import UserError, one_line
 from calotype.planning import Cost
 
@@ -78,15 +78,7 @@ class Probes:
         """End what still runs, and wait for it."""
         for process in self.processes.values():
             if process.poll() is None:
-                _kill(process)
+                kill_group(process)
             process.wait()
             process.stdin.close()
             process.stdout.close()
-
-
-def _kill(process: subprocess.Popen) -> None:
-    if os.name == "nt":
-        process.kill()
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
