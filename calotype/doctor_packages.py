@@ -18,6 +18,7 @@ EXTRAS = {
     "track": "curves in TensorBoard",
     "eval": "LPIPS, probes, features from ONNX files",
     "data": "codes as parquet",
+    "flows": "flow priors, exact likelihoods",
     "text": "models that draw from text, DINOv2",
     "export": "networks as ONNX files",
 }

@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from calotype import device
+from calotype import bounds, device
 from calotype.data import Pictures, evenly_spaced
 from calotype.errors import UserError
 from calotype.features import FeatureNetwork, SetDistance
@@ -18,7 +18,7 @@ from calotype.images import normalize
 from calotype.metrics import psnr, ssim
 from calotype.randomness import normal
 from calotype.sheet import VARIATIONS, Sheet
-from calotype.stage1_vae import bounds, disentanglement
+from calotype.stage1_vae import disentanglement
 from calotype.stage1_vae.columns import measure_pictures
 from calotype.stage1_vae.config import EvaluateVaeSettings
 from calotype.stage1_vae.gauges import ActiveUnits, CodeUse, Mean

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from calotype.autoencoder import Vae, crop, downsampling, load_autoencoder, pad
 from calotype.errors import UserError
+from calotype.likelihoods import Likelihood
 from calotype.randomness import key
 from calotype.stage1_vae.config import VaeSettings
-from calotype.stage1_vae.likelihoods import Likelihood
 from calotype.stage1_vae.regularizers import KL, FiniteScalar, Identity, Terms, VectorQuantization
 
 _MULTIPLIERS = (1, 2, 2, 4, 4)  # channels of the levels, in units of the width

@@ -1,19 +1,17 @@
 """A saved autoencoder under examination: what it makes of pictures, and the model p(x|z) p(z) that it stands for."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import VQModel
 from torch import Tensor
 from torch.distributions import Normal
 
 from calotype import device
 from calotype.autoencoder import Facts, Vae, decode, load_autoencoder, posterior, read_facts
+from calotype.bounds import Model
 from calotype.errors import UserError
-from calotype.stage1_vae.bounds import Model
-from calotype.stage1_vae.likelihoods import KINDS
+from calotype.latent_variables import model_of, prior_of, refuse_odd_facts
 from calotype.stage1_vae.tokens import token_numbers
 
 _NO_NOISE = 1e-4  # a posterior narrower than this everywhere is that of an autoencoder without one
@@ -40,7 +38,7 @@ class Subject:
         device.for_drawing(vae)
         facts = read_facts(folder)
         if facts.likelihood:
-            _refuse_odd_facts(folder, vae, facts)
+            refuse_odd_facts(f"--vae {folder}", vae, facts)
         return cls(folder, vae, facts, precision)
 
     @property
@@ -51,9 +49,7 @@ class Subject:
     @property
     def prior(self) -> Normal:
         """p(z) of training with mean and deviation (c, 1, 1); N(0, I) where the facts do not name one."""
-        channels = self.vae.config.latent_channels
-        mean, std = self.facts.prior_mean or [0.0] * channels, self.facts.prior_std or [1.0] * channels
-        return Normal(*(torch.tensor(values, device=self.vae.device)[:, None, None] for values in (mean, std)))
+        return prior_of(self.vae, self.facts)
 
     def encode(self, x: Tensor) -> Code:
         """The code of pictures x (B, C, H, W) in [-1, 1]."""
@@ -75,28 +71,12 @@ class Subject:
 
     def model(self) -> Model:
         """The latent-variable model whose likelihood the facts name."""
-        nats, log_scale = KINDS[self.facts.likelihood], torch.tensor(math.log(self.facts.scale or 1.0))
-
-        def log_likelihood(z: Tensor, x: Tensor) -> Tensor:
-            return -nats(self.decode(z, tuple(x.shape[2:])), x, log_scale.to(x.device))
-
-        return Model(self.posterior, self.prior, log_likelihood)
+        return model_of(self.vae, self.facts, self.posterior, self.decode)
 
 
 def has_noise(std: Tensor | None) -> bool:
     """Whether a posterior of this deviation is one at all, so that KL(q || p) means something."""
     return std is not None and bool((std > _NO_NOISE).any())
-
-
-def _refuse_odd_facts(folder: Path, vae: Vae, facts: Facts) -> None:
-    """Raise UserError if the facts cannot be those of this autoencoder."""
-    prior = [facts.prior_mean or [], facts.prior_std or []]
-    fits = isinstance(vae, AutoencoderKL) and all(len(part) == vae.config.latent_channels for part in prior)
-    if facts.likelihood not in KINDS or not fits:
-        raise UserError(
-            f"--vae {folder}: its calotype.json (likelihood {facts.likelihood}) does not belong to this autoencoder; "
-            "export the autoencoder again, or delete that file."
-        )
 
 
 def refuse_strangers(subjects: list[Subject]) -> None:

@@ -10,8 +10,9 @@ ROOMS = {
     "calotype": {"calotype"},
     "stage1_vae": {"calotype", "stage1_vae"},
     "stage2_diffusion": {"calotype", "stage2_diffusion", "pipeline"},
+    "density": {"calotype", "density", "pipeline"},
     "pipeline": {"calotype", "pipeline"},
-    "demo": {"calotype", "pipeline", "demo"},
+    "demo": {"calotype", "density", "pipeline", "demo"},
 }
 CONVERTER = ROOT / "calotype/unpickle.py"
 BESIDE = {

@@ -8,11 +8,11 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
-from calotype import checkpoint, cli
+from calotype import bounds, checkpoint, cli
 from calotype.data import Pictures
 from calotype.images import normalize
 from calotype.sheet import read_sheet
-from calotype.stage1_vae import bounds, models
+from calotype.stage1_vae import models
 from calotype.stage1_vae.config import VaeSettings
 from calotype.stage1_vae.subject import Subject
 

@@ -10,9 +10,9 @@ from torch.distributions import Laplace, Normal
 from torch.testing import assert_close
 
 from calotype import cli
+from calotype.likelihoods import BIN, KINDS, Likelihood, bernoulli
 from calotype.stage1_vae import models
 from calotype.stage1_vae.config import VaeSettings
-from calotype.stage1_vae.likelihoods import BIN, KINDS, Likelihood, bernoulli
 from calotype.stage1_vae.train import VaeStage
 
 DENSITIES = {"gaussian": Normal, "laplace": Laplace}

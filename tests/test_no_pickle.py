@@ -19,7 +19,7 @@ from calotype import cli
 from calotype.pipeline import hashes
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("calotype", "stage1_vae", "stage2_diffusion", "pipeline", "demo")
+ROOMS = ("calotype", "stage1_vae", "stage2_diffusion", "density", "pipeline", "demo")
 OPENER = ROOT / "calotype/unpickle.py"
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas"}

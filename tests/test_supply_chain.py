@@ -20,7 +20,7 @@ from calotype.known_holes import HOLES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ROOMS = ("calotype", "stage1_vae", "stage2_diffusion", "pipeline", "demo")
+ROOMS = ("calotype", "stage1_vae", "stage2_diffusion", "density", "pipeline", "demo")
 LEAST = {"torch": "2.10", "diffusers": "0.38", "gradio": "6.25", "pillow": "12.3", "safetensors": "0.8"}
 WITH_OTHERS = {"scipy": "scikit-learn", "pydantic_core": "pydantic"}  # modules that come with the package of another
 

@@ -1,0 +1,1 @@
+"""How likely is this image: flow priors, exact likelihoods, anomaly scores."""
