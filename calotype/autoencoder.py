@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from calotype.checkpoint import write_text
+from calotype.checkpoint import weights_hash, write_text
 from calotype.errors import UserError
 from calotype.weights import load_network, read_json
 
@@ -59,6 +59,19 @@ def load_autoencoder(folder: Path, flag: str) -> Vae:
     if kind not in classes:
         raise UserError(f"{flag} {folder} holds a {str(kind)[:60]}; give an AutoencoderKL or VQModel.")
     return load_network(classes[kind], folder, flag)
+
+
+def find_autoencoder(latents: Path, vae: Path | None, expected: str) -> Path:
+    """The folder of a cache's autoencoder, --vae or beside it; raises UserError if it is not the one that made it."""
+    folder = vae or latents.resolve().parent / "stage1_vae" / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--vae {folder} is not a saved autoencoder; name the one that made --latents.")
+    if weights_hash(folder) != expected:
+        raise UserError(
+            f"--latents {latents} was made by another autoencoder than --vae {folder}; "
+            "run `calotype encode` with this one."
+        )
+    return folder
 
 
 def downsampling(vae: Vae) -> int:

@@ -51,6 +51,11 @@ COMMANDS = {
         "calotype.stage2_diffusion.train:main",
         "stage 2: a diffusion model of the latents",
     ),
+    "train-flow": (
+        "calotype.density.config:FlowSettings",
+        "calotype.density.train:main",
+        "the exact density of latents, and a generator of one evaluation",
+    ),
     "distill": (
         "calotype.stage2_diffusion.distill_config:DistillSettings",
         "calotype.stage2_diffusion.distill:main",
@@ -98,7 +103,7 @@ COMMANDS = {
 }
 
 _DRAWS = ("generate", "edit", "interpolate", "demo")  # with a model that they name, and with nothing else of diffusers
-_ALONE = ("run", "train-vae", "encode", "train-diffusion")  # in their --out; a second one is refused at once
+_ALONE = ("run", "train-vae", "encode", "train-diffusion", "train-flow")  # in their --out; another is refused at once
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from calotype.picture_files import load_image as load_image
 
 Fit = Literal["crop", "pad", "stretch"]
 
+SHEET = 4, 12  # rows and columns of a sheet of samples
 _GAP = 2
 _INK = (60, 60, 60)
 
@@ -118,6 +119,13 @@ def image_grid(
     for i, label in enumerate(row_labels or []):
         draw.text((left - 2 * _GAP, top + i * pitch_y + tile_height / 2), label, _INK, font, "rm")
     return sheet
+
+
+def sheet_labels(class_names: list[str], count: int) -> list[int] | None:
+    """Labels of a sample sheet: a column a class while they fit, else spread over all classes."""
+    if len(class_names) > SHEET[1]:
+        return [i * len(class_names) // count for i in range(count)]
+    return [i % SHEET[1] % len(class_names) for i in range(count)] if class_names else None
 
 
 def _caption(draw: ImageDraw.ImageDraw, text: str, at: tuple[float, float], anchor: str, width: int, font) -> None:

@@ -9,12 +9,12 @@ from calotype import device
 from calotype.autoencoder import Vae, decode
 from calotype.data import evenly_spaced
 from calotype.features import CheapKid
-from calotype.images import image_grid, normalize
+from calotype.images import SHEET, image_grid, normalize, sheet_labels
 from calotype.latents import LatentCache
 from calotype.pipeline.latent_diffusion import LatentDiffusionPipeline
 from calotype.stage2_diffusion.conditioning import Condition
 
-_ROWS, _COLUMNS = 4, 12
+_ROWS, _COLUMNS = SHEET
 _WATCH_STEPS = 8
 
 
@@ -75,10 +75,3 @@ def _draw(pipe, count: int, precision: str, arguments: dict) -> Tensor:
     with device.autocast(precision):
         x = pipe(label, count, output_type="pt", **arguments).images
     return (x * 255).round().byte().cpu()
-
-
-def sheet_labels(class_names: list[str], count: int) -> list[int] | None:
-    """Labels of a sample sheet: a column a class while they fit, else spread over all classes."""
-    if len(class_names) > _COLUMNS:
-        return [i * len(class_names) // count for i in range(count)]
-    return [i % _COLUMNS % len(class_names) for i in range(count)] if class_names else None

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from calotype import device, loop, posthoc
-from calotype.autoencoder import Vae, load_autoencoder
+from calotype.autoencoder import Vae, find_autoencoder, load_autoencoder
 from calotype.checkpoint import publish, weights_hash, write_text
 from calotype.data import Batch, evenly_spaced, micro_batches, share_of
 from calotype.ema import PowerEma
@@ -271,24 +271,11 @@ def _vae_loader(folder: Path, where: torch.device) -> Callable[[], Vae]:
     return load
 
 
-def find_autoencoder(settings: DiffusionSettings, expected: str) -> Path:
-    """The folder of the cache's autoencoder; raises UserError if it is not the one that made the cache."""
-    folder = settings.vae or settings.latents.resolve().parent / "stage1_vae" / "vae"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--vae {folder} is not a saved autoencoder; name the one that made --latents.")
-    if weights_hash(folder) != expected:
-        raise UserError(
-            f"--latents {settings.latents} was made by another autoencoder than --vae {folder}; "
-            "run `calotype encode` with this one."
-        )
-    return folder
-
-
 def main(settings: DiffusionSettings) -> None:
     """`calotype train-diffusion`."""
     accelerator = device.accelerator(settings.precision, trackers=settings.trackers, folder=settings.out)
     cache = LatentCache(settings.latents, "train")
-    vae_folder = find_autoencoder(settings, cache.index.vae)
+    vae_folder = find_autoencoder(settings.latents, settings.vae, cache.index.vae)
     refuse_differences(accelerator, settings, {"the latents": cache.index.fingerprint + cache.index.vae})
     accelerator.print(f"{len(cache):,} latents of shape {'x'.join(map(str, cache.index.shape))}.")
     loop.fit(DiffusionStage(settings, vae_folder, accelerator), settings, accelerator)

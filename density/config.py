@@ -1,0 +1,48 @@
+"""Settings of the densities."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from calotype.changes import Allowed, Fixed, Free
+from calotype.config import Maybe, TrainSettings
+
+
+class FlowSettings(TrainSettings):
+    """Train a normalizing flow: the exact density of latents, or of small pictures, that is also a generator."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "tiny": {"width": 128, "batch_size": 128, "lr": 1e-3},
+        "small": {"width": 256, "batch_size": 256, "lr": 1e-3},
+        "base": {"width": 512, "batch_size": 256, "lr": 5e-4},
+        "large": {"width": 512, "batch_size": 512, "lr": 3e-4},
+    }
+    LENGTHS: ClassVar[dict[str, int]] = {"tiny": 2000, "small": 20_000, "base": 100_000, "large": 300_000}
+
+    latents: Free[Maybe[Path]] = Field(None, description="folder of the latent cache")
+    pixels: Free[Maybe[Path]] = Field(None, description="instead the pictures of this data.json themselves")
+    vae: Free[Maybe[Path]] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
+    kind: Fixed[Literal["realnvp", "glow", "nsf", "ffjord"]] = Field(
+        "glow", description="glow convolves, so it suits latents with height and width; the others see a flat vector"
+    )
+    condition: Fixed[Maybe[Literal["none", "class"]]] = Field(
+        None, description="what it is told (default: class where there are any)"
+    )
+    width: Fixed[int] = Field(128, ge=4, le=8192, description="hidden units or channels of its networks")
+    depth: Fixed[Maybe[int]] = Field(
+        None, ge=1, le=128, description="layers, of glow steps a level (default: 8; nsf 6, ffjord 1)"
+    )
+    noise: Fixed[Maybe[float]] = Field(
+        None, ge=0, le=10, description="added to latents, whose density it then is (default: 0; 0.05 without posterior)"
+    )
+    ema_width: Fixed[float] = Field(0.05, gt=0, lt=0.28, description="relative width of the weight average")
+    precision: Allowed[Literal["fp32"]] = Field("fp32", description="always: an inverse in half of it is none")
+    compile: Allowed[Literal[False]] = Field(False, description="not for flows")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.latents is None) == (self.pixels is None):
+            raise ValueError("--latents and --pixels: a flow is of latents or of pictures; give one of them.")
+        self.refuse_idle("vae noise", self.latents is not None, "--latents")
+        return self
