@@ -6,8 +6,7 @@ zuko's. A flow is computed in single precision whatever surrounds it: in half of
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -17,19 +16,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from calotype.checkpoint import publish
+from calotype.density.vectors import network
 from calotype.errors import UserError
 from calotype.randomness import key
 from calotype.weights import read_json, refuse_non_finite
 
 Kind = Literal["realnvp", "glow", "nsf", "ffjord"]
 DEPTH = {"realnvp": 8, "glow": 8, "nsf": 6, "ffjord": 1}  # couplings, steps a level, couplings, integrals
-EXACT_TRACE = 64  # dimensions up to which the trace of a continuous flow is computed and not estimated
-_BINS = 8  # of a spline
 _WEIGHTS = "model.safetensors"
-_TRAINING_TOLERANCE, _TOLERANCE = 1e-4, 3e-8  # of the solver of a continuous flow
 _LEAST_STD = 1e-2  # of an element that hardly varies
 
 
@@ -67,7 +63,7 @@ class Flow(nn.Module):
         self.register_buffer("mean", torch.zeros(facts.shape))
         self.register_buffer("std", torch.ones(facts.shape))
         self.register_buffer("log_shares", torch.zeros(max(len(facts.classes), 1)))
-        self.net = _network(facts)
+        self.net = network(facts.kind, facts.shape, len(facts.classes), facts.width, facts.depth)
 
     @property
     def kind(self) -> Kind:
@@ -149,134 +145,6 @@ def refuse_missing_zuko(what: str) -> None:
         import zuko  # noqa: F401
     except ImportError:
         raise UserError(f"{what} needs the package zuko; pip install 'calotype[flows]'.") from None
-
-
-# The networks
-
-
-class Vectors(nn.Module):
-    """A transform of zuko, of latents as flat vectors."""
-
-    def __init__(self, transform: nn.Module):
-        super().__init__()
-        self.transform = transform
-
-    def initialize(self, z: Tensor, context: Tensor | None) -> None:
-        """Nothing: its layers begin as the identity."""
-
-    def forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """eps (B, c, h, w) and the log-determinant (B,)."""
-        eps, ladj = self.transform(context).call_and_ladj(z.flatten(1))
-        return eps.view_as(z), ladj
-
-    def inverse(self, eps: Tensor, context: Tensor | None) -> Tensor:
-        """z (B, c, h, w)."""
-        return self.transform(context).inv(eps.flatten(1)).view_as(eps)
-
-
-class Continuous(Vectors):
-    """FFJORD: the network is the slope of an ODE, and the log-determinant the integral of its trace.
-
-    The trace is Hutchinson's estimate while it trains and for many dimensions, with numbers from torch's generator:
-    `probes_from` makes them a function of a key. Otherwise it is exact (Grathwohl et al. 2019, eq. 7 and 8). Trained,
-    it is integrated in double precision, where there is one: in single precision rounding alone costs four digits.
-    """
-
-    def forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """eps (B, c, h, w) and the log-determinant (B,)."""
-        exact = not self.training and z[0].numel() <= EXACT_TRACE
-        for part in self.transform.transforms:
-            part.exact = exact
-            part.atol = part.rtol = _TRAINING_TOLERANCE if self.training else _TOLERANCE
-        if self.training:
-            return super().forward(z, context)
-        with nullcontext() if exact else probes_from(0):
-            eps, ladj = super().forward(_precise(z), context)
-        return eps.float(), ladj.float()
-
-    def inverse(self, eps: Tensor, context: Tensor | None) -> Tensor:
-        """z (B, c, h, w)."""
-        return super().inverse(_precise(eps), context).float()
-
-
-def _precise(z: Tensor) -> Tensor:
-    return z if z.device.type == "mps" else z.double()
-
-
-@contextmanager
-def probes_from(number: int) -> Iterator[None]:
-    """A context in which Hutchinson's probes follow from a key, and no other generator is touched."""
-    with torch.random.fork_rng():
-        torch.manual_seed(number)
-        yield
-
-
-def _network(facts: FlowFacts) -> nn.Module:
-    from calotype.density import glow
-
-    if facts.kind == "glow":
-        return glow.Glow(facts.shape, len(facts.classes), facts.width, facts.depth)
-    from zuko.lazy import LazyComposedTransform
-
-    layers = _LAYERS[facts.kind](facts.dimensions, len(facts.classes), facts.width, facts.depth)
-    return (Continuous if facts.kind == "ffjord" else Vectors)(LazyComposedTransform(*layers))
-
-
-def _realnvp(d: int, context: int, width: int, depth: int) -> list[nn.Module]:
-    """Affine couplings of random halves (Dinh et al. 2017)."""
-    return [_coupling(d, context, width, i) for i in range(depth)]
-
-
-def _nsf(d: int, context: int, width: int, depth: int) -> list[nn.Module]:
-    """Couplings by rational-quadratic splines with linear layers between (Durkan et al. 2019)."""
-    from zuko.transforms import MonotonicRQSTransform
-
-    from calotype.density.glow import Linear
-
-    splines = {"univariate": MonotonicRQSTransform, "shapes": [(_BINS,), (_BINS,), (_BINS - 1,)]}
-    return [layer for i in range(depth) for layer in (Linear(d, 1), _coupling(d, context, width, i, **splines))]
-
-
-def _ffjord(d: int, context: int, width: int, depth: int) -> list[nn.Module]:
-    """Free-form continuous flows (Grathwohl et al. 2019)."""
-    from zuko.flows.continuous import FFJTransform
-    from zuko.utils import broadcast
-
-    class Slope(FFJTransform):
-        def f(self, t: Tensor, x: Tensor, c: Tensor | None = None) -> Tensor:
-            """The slope in the precision of x, whatever that of the weights."""
-            if x.dtype == self.freqs.dtype:
-                return super().f(t, x, c)
-            weights = {name: value.to(x.dtype) for name, value in self.ode.named_parameters()}
-            t = self.freqs.to(x.dtype) * t[..., None]
-            told = [t.cos(), t.sin(), x] if c is None else [t.cos(), t.sin(), x, c.to(x.dtype)]
-            return functional_call(self.ode, weights, (torch.cat(broadcast(*told, ignore=1), dim=-1),))
-
-    return [_begun_small(Slope(d, context, hidden_features=(width, width)), "ode") for _ in range(depth)]
-
-
-_LAYERS: dict[str, Callable[[int, int, int, int], list[nn.Module]]] = {
-    "realnvp": _realnvp,
-    "nsf": _nsf,
-    "ffjord": _ffjord,
-}
-
-
-def _coupling(d: int, context: int, width: int, i: int, **univariate) -> nn.Module:
-    from zuko.flows.coupling import GeneralCouplingTransform
-
-    mask = torch.randperm(d) % 2 == i % 2 if d > 2 else torch.arange(d) % 2 == i % 2
-    hidden = {"hidden_features": (width, width), "activation": nn.SiLU}
-    return _begun_small(GeneralCouplingTransform(d, context, mask=mask, **univariate, **hidden), "hyper")
-
-
-def _begun_small(layer: nn.Module, part: str) -> nn.Module:
-    """Let a layer begin near the identity."""
-    with torch.no_grad():
-        last = getattr(layer, part)[-1]
-        last.weight.mul_(0.01)
-        last.bias.zero_()
-    return layer
 
 
 # On disk

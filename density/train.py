@@ -17,7 +17,8 @@ from calotype.autoencoder import Vae, find_autoencoder, load_autoencoder
 from calotype.data import Batch, micro_batches, share_of
 from calotype.density.config import FlowSettings
 from calotype.density.examples import Examples, Latents, Pixels
-from calotype.density.flows import DEPTH, FlowFacts, bits_per_dim, build, log_normal, probes_from, save_flow
+from calotype.density.flows import DEPTH, FlowFacts, bits_per_dim, build, log_normal, save_flow
+from calotype.density.vectors import probes_from
 from calotype.ema import PowerEma
 from calotype.errors import UserError
 from calotype.images import SHEET, denormalize, image_grid, sheet_labels
