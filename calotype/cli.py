@@ -102,6 +102,7 @@ COMMANDS = {
     "demo": ("calotype.settings:DemoSettings", "calotype.demo.app:main", "play with a model in the browser"),
 }
 
+_BY_PRIOR = {"flow": "calotype.density.generate:main"}  # who draws with another model than a diffusion model
 _DRAWS = ("generate", "edit", "interpolate", "demo")  # with a model that they name, and with nothing else of diffusers
 _ALONE = ("run", "train-vae", "encode", "train-diffusion", "train-flow")  # in their --out; another is refused at once
 
@@ -165,11 +166,12 @@ def run(command: str, argv: list[str], ours: bool = False) -> int:
     settings = settings_of([command, *argv])
     if command in _ALONE:
         refuse_held(settings.out)
-    if ours and command in _DRAWS:
+    if ours and command in _DRAWS and getattr(settings, "prior", "") not in _BY_PRIOR:
         from calotype.lean import import_diffusers
 
         import_diffusers(settings.models if command == "demo" else [settings.model])
-    return _load(COMMANDS[command][1])(settings) or 0
+    function = _BY_PRIOR.get(getattr(settings, "prior", ""), COMMANDS[command][1])
+    return _load(function)(settings) or 0
 
 
 def settings_of(argv: list[str]):

@@ -21,7 +21,7 @@ FRAMES = 6  # sheets on the film strip
 CLASSES_SHOWN = 16
 BAD_SHOWN = 50
 SHORT_FOR = {"psnr", "ssim", "lpips", "fid", "kid", "kl"}
-PARTS = ("data.json", "stage1_vae", "stage2_diffusion", "pipeline", "metrics.json", "run.json")
+PARTS = ("data.json", "stage1_vae", "stage2_diffusion", "flow", "pipeline", "metrics.json", "run.json")
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def contents(run: Path) -> dict:
     """Everything the template needs, read from the run folder."""
     data, metrics, log = (read_json(run / name) for name in ("data.json", "metrics.json", "run.json"))
     vae, diffusion = read_stage(run / "stage1_vae"), read_stage(run / "stage2_diffusion")
+    flow = read_stage(run / "flow")
     return {
         "name": run.resolve().name,
         "data": data,
@@ -114,8 +115,10 @@ def contents(run: Path) -> dict:
         "bad_shown": BAD_SHOWN,
         "vae": vae,
         "diffusion": diffusion,
+        "flow": flow,
         "reconstruction": next(filter(None, (read_sheet(p, 1600) for p in reversed(vae.sheets))), None),
-        "strip": [sheet for p in spread(diffusion.sheets, FRAMES) if (sheet := read_sheet(p, 640))],
+        "strip": film_strip(diffusion),
+        "flow_strip": film_strip(flow),
         "final": read_sheet(run / "pipeline" / "samples.png", 1600),
         "evaluation": read_json(run / "stage1_vae" / "evaluation.json"),
         "metrics": metrics,
@@ -146,6 +149,11 @@ def read_stage(folder: Path) -> Stage:
     newest = {key: value for row in rows for key, value in row.items()}
     sheets = sorted(folder.glob("samples/step-*.png"))
     return Stage(read_json(folder / "config.json"), charts, folded, newest, sheets, sentences(rows))
+
+
+def film_strip(stage: Stage) -> list[Sheet]:
+    """Some of a stage's sample sheets, from the first to the last."""
+    return [sheet for path in spread(stage.sheets, FRAMES) if (sheet := read_sheet(path, 640))]
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -13,6 +13,12 @@ Label = tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="LABEL"
 Count = Annotated[int | None, tyro.conf.arg(aliases=["-n"], help_behavior_hint="")]
 
 
+# What a flow has none of.
+_OF_DIFFUSION = (
+    "steps sampler guidance guidance_interval guidance_rescale fast precision compile size image mask reproducible"
+)
+
+
 class DrawingSettings(Settings):
     """How pictures are drawn."""
 
@@ -54,6 +60,13 @@ class GenerateSettings(DrawingSettings):
 
     label: Label = Field(None, description="class name, without one all take turns; for a model of text the prompt")
     n: Count = Field(None, ge=1, le=1_000_000, description="number of pictures (default: 16, or one for each --image)")
+    prior: Literal["diffusion", "flow"] = Field(
+        "diffusion", description="flow: decode what the flow of `calotype train-flow` draws, by one evaluation of it"
+    )
+    flow: Maybe[Path] = Field(None, description="run of that flow (default: flow/ in the run)")
+    temperature: float = Field(
+        1.0, ge=0, le=10, description="deviation of the noise that a flow begins with; below 1 is tamer"
+    )
     size: Maybe[ImageSize] = Field(
         None, description="side in pixels, or HEIGHTxWIDTH, from the model's own on (default: the model's)"
     )
@@ -66,6 +79,13 @@ class GenerateSettings(DrawingSettings):
         description="the same bit by bit whatever --batch-size and threads: one at a time on one thread, which takes "
         "1.6 to 4 times as long for 16 pictures, and more where threads or an accelerator would have helped",
     )
+
+    @model_validator(mode="after")
+    def _what_belongs_to_which_prior(self) -> Self:
+        is_flow = self.prior == "flow"
+        self.refuse_idle("flow temperature", is_flow, "--prior flow")
+        self.refuse_idle(_OF_DIFFUSION, not is_flow, "--prior diffusion")
+        return self
 
 
 class RegenerateSettings(Settings):

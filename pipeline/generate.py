@@ -128,7 +128,7 @@ def _jobs(pipe: LatentDiffusionPipeline, settings) -> list[Job]:
         n = 16 if settings.n is None else settings.n
         _refuse_late_seeds(settings, n)
         labels = [_label(pipe, settings.label, i) for i in range(n)]
-        return [Job(settings.seed + i, _file(settings, labels[i], i), labels[i], None) for i in range(n)]
+        return [Job(settings.seed + i, file_of(settings, labels[i], i), labels[i], None) for i in range(n)]
     n, jobs, files = settings.n or 1, [], files_of(settings.image)
     _refuse_late_seeds(settings, n * len(files))
     for file in files:
@@ -182,7 +182,8 @@ def _label(pipe: LatentDiffusionPipeline, label: str | None, i: int) -> str | No
     return label if label is not None or not pipe.labels else pipe.labels[i % len(pipe.labels)]
 
 
-def _file(settings, label: str | None, i: int) -> Path:
+def file_of(settings, label: str | None, i: int) -> Path:
+    """The file of picture i; where labels take turns in a folder named after its own."""
     safe = (label or "").replace("/", "_").replace("\\", "_").lstrip(".")
     folder = settings.out / safe if settings.label is None and safe else settings.out
     return folder / f"{settings.seed + i:08d}.png"

@@ -28,6 +28,7 @@ _MORE = {
     "amount": "is the sum of codes of pictures that it does not hold; give these to `calotype edit` again",
     "from": "lies on a way between two ends; draw that again with `calotype interpolate`",
     "walk": "lies on a way between two ends; draw that again with the tab Interpolate",
+    "prior": "was drawn by a flow; draw it again with `calotype generate --prior flow` and its seed",
     "sheet": "is a sheet of many; give one of its pictures",
 }
 _WORST = 1  # of 255: what another batch, thread count or layout may change
