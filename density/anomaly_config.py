@@ -49,5 +49,12 @@ class AnomalyScoreSettings(Settings):
     out: Path = Field(description="folder that gets scores.csv and index.html")
     false_alarms: float = Field(0.05, gt=0, lt=1, description="share of normal pictures that may raise an alarm")
     normal: tuple[str, ...] = Field((), description="classes that are normal (default: normal, good, or as trained)")
-    batch_size: Count = Field(256, ge=1, description="pictures scored at once")
+    show: int = Field(200, ge=0, le=2000, description="of the strangest pictures on the page; the CSV has all")
+    batch_size: Count = Field(64, ge=1, description="pictures scored at once")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the networks")
+
+    @model_validator(mode="after")
+    def _folders_apart(self) -> Self:
+        if self.out.resolve().is_relative_to(self.dir.resolve()):
+            raise ValueError(f"--out {self.out} lies inside DIR {self.dir}, among the pictures; give a folder outside.")
+        return self
