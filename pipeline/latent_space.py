@@ -3,7 +3,7 @@
 Functions of a `LatentDiffusionPipeline`. Inversion and the way back follow the probability-flow ODE.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from PIL import Image
@@ -131,13 +131,21 @@ def traverse(pipe: Pipe, z: Tensor, direction: Tensor, amounts: Iterable[float])
     return pipe.decode_latents(torch.stack([z + amount * direction for amount in amounts]), "pil")
 
 
-def _follow(pipe: Pipe, z: Tensor, label: Labels, begin: float, end: float, steps: int) -> Tensor:
+def slope_of(pipe: Pipe, label: Labels, count: int) -> Callable[[Tensor, float], Tensor]:
+    """dz/ds of z (count, c, h, w) at s from 0, pictures, to 1, noise, as the model sees it without guidance.
+
+    Raises ValueError for a model that is told a picture.
+    """
     if pipe.takes_image:
         raise ValueError(f"this model's condition is {pipe.condition!r}: without its picture there is no way to noise.")
-    path, told, plain = path_of(pipe.scheduler.config), pipe.conditions(label, len(z)), Order(guidance_scale=1.0)
+    path, told, plain = path_of(pipe.scheduler.config), pipe.conditions(label, count), Order(guidance_scale=1.0)
 
     def slope(z: Tensor, s: float) -> Tensor:
         t = torch.tensor(path.time(s), device=z.device)
         return path.slope(z, pipe.predict(z, t, *told, plain), s)
 
-    return follow(slope, z, begin, end, steps)
+    return slope
+
+
+def _follow(pipe: Pipe, z: Tensor, label: Labels, begin: float, end: float, steps: int) -> Tensor:
+    return follow(slope_of(pipe, label, len(z)), z, begin, end, steps)
