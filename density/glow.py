@@ -18,6 +18,9 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
+from calotype.density.vectors import precise
+from calotype.errors import UserError
+
 _MOST_LEVELS, _LEAST_SIDE = 3, 4  # scales, and the side down to which a level halves it
 _LEAST_SLOPE = 1e-3  # of zuko's affine transform, whose log-scale is squashed
 
@@ -60,7 +63,7 @@ class Linear(LazyTransform):
 
     def forward(self, c: Tensor | None = None) -> ComposedTransform:
         """The transform of (..., channels)."""
-        product = LULinearTransform(self.lu)
+        product = LULinearTransform(self.lu if self.training else precise(self.lu))
         over = self.event - 1
         parts = product, PermutationTransform(self.order)
         return ComposedTransform(*(DependentTransform(part, over) if over else part for part in parts))
@@ -86,10 +89,10 @@ class ConvCoupling(LazyTransform):
         return CouplingTransform(lambda kept: self._of(kept, c), self.mask)
 
     def _of(self, kept: Tensor, c: Tensor | None) -> DependentTransform:
-        h = self.first(kept.permute(0, 3, 1, 2))
+        h = self.first(kept.permute(0, 3, 1, 2).to(self.first.weight.dtype))
         if self.context is not None:
             h = h + self.context(c)[:, :, None, None]
-        h = self.last(F.silu(self.middle(F.silu(h)))).permute(0, 2, 3, 1)
+        h = self.last(F.silu(self.middle(F.silu(h)))).permute(0, 2, 3, 1).to(kept.dtype)
         return DependentTransform(MonotonicAffineTransform(*h.chunk(2, dim=-1), _LEAST_SLOPE), 3)
 
 
@@ -99,9 +102,13 @@ class Level(nn.Module):
     def __init__(self, shape: tuple[int, int, int], context: int, width: int, depth: int, levels: int):
         super().__init__()
         channels, height, width_ = shape
-        self.squeezes = can_halve(height, width_)
+        self.squeezes = can_halve(height, width_) or (channels == 1 and height % 2 == width_ % 2 == 0)
         if self.squeezes:
             channels, height, width_ = 4 * channels, height // 2, width_ // 2
+        if channels == 1:
+            raise UserError(
+                f"--kind glow couples channels, of which latents of {height}x{width_} have one; give --kind nsf."
+            )
         steps = (
             (ActNorm(channels), Linear(channels, 3), ConvCoupling(channels, context, width, bool(i % 2)))
             for i in range(depth)
@@ -145,7 +152,11 @@ class Level(nn.Module):
 
 
 class Glow(nn.Module):
-    """The levels, of latents or pictures (B, c, h, w)."""
+    """The levels, of latents or pictures (B, c, h, w).
+
+    Once trained, what is transformed is held in double precision where the device has it, so that the inverse is one to
+    six digits; the networks of the couplings stay in single precision, and say the same both ways.
+    """
 
     def __init__(self, shape: tuple[int, int, int], context: int, width: int, depth: int):
         super().__init__()
@@ -157,12 +168,13 @@ class Glow(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """eps (B, c, h, w), each number where in the picture it comes from, and the log-determinant (B,)."""
+        z = z if self.training else precise(z)
         eps, ladj = self.level(z.permute(0, 2, 3, 1), context)
-        return eps.permute(0, 3, 1, 2), ladj
+        return eps.permute(0, 3, 1, 2).float(), ladj.float()
 
     def inverse(self, eps: Tensor, context: Tensor | None) -> Tensor:
         """z (B, c, h, w)."""
-        return self.level.inverse(eps.permute(0, 2, 3, 1), context).permute(0, 3, 1, 2)
+        return self.level.inverse(precise(eps).permute(0, 2, 3, 1), context).permute(0, 3, 1, 2).float()
 
 
 def can_halve(height: int, width: int) -> bool:

@@ -40,12 +40,19 @@ class Vectors(nn.Module):
     def _precisely(self, name: str, z: Tensor, context: Tensor | None) -> Any:
         """What this method of the transform gives for flat z."""
         z = z.flatten(1)
-        if self.training or self.kind == "realnvp" or z.device.type == "mps":
-            return _Method(self.transform)(name, z, context)
         method = _Method(self.transform)
+        if self.training or self.kind == "realnvp" or precise(z) is z:
+            return method(name, z, context)
+        if self.kind == "ffjord":  # its slope is asked again when gradients flow back, and sees to itself
+            return method(name, z.double(), context)
         tensors = [*method.named_parameters(), *method.named_buffers()]
         doubled = {key: value.double() for key, value in tensors if value.is_floating_point()}
         return functional_call(method, doubled, (name, z.double(), None if context is None else context.double()))
+
+
+def precise(z: Tensor) -> Tensor:
+    """The same numbers in double precision, where the device has it."""
+    return z if z.device.type == "mps" else z.double()
 
 
 class _Method(nn.Module):
@@ -115,8 +122,17 @@ def _nsf(d: int, context: int, width: int, depth: int) -> list[nn.Module]:
 def _ffjord(d: int, context: int, width: int, depth: int) -> list[nn.Module]:
     """Free-form continuous flows (Grathwohl et al. 2019)."""
     from zuko.flows.continuous import FFJTransform
+    from zuko.utils import broadcast
 
-    return [_begun_small(FFJTransform(d, context, hidden_features=(width, width)), "ode") for _ in range(depth)]
+    class Slope(FFJTransform):
+        def f(self, t: Tensor, x: Tensor, c: Tensor | None = None) -> Tensor:
+            """dx/dt in the precision of x, whatever that of the weights."""
+            weights = {name: value.to(x.dtype) for name, value in self.ode.named_parameters()}
+            t = self.freqs.to(x.dtype) * t[..., None]
+            told = [t.cos(), t.sin(), x] if c is None else [t.cos(), t.sin(), x, c.to(x.dtype)]
+            return functional_call(self.ode, weights, (torch.cat(broadcast(*told, ignore=1), dim=-1),))
+
+    return [_begun_small(Slope(d, context, hidden_features=(width, width)), "ode") for _ in range(depth)]
 
 
 _LAYERS: dict[str, Callable[[int, int, int, int], list[nn.Module]]] = {
