@@ -72,6 +72,11 @@ COMMANDS = {
         "calotype.pipeline.evaluate:main",
         "measure on held-out pictures",
     ),
+    "anomaly fit": (
+        "calotype.density.anomaly_config:AnomalyFitSettings",
+        "calotype.density.fit:main",
+        "learn what normal pictures look like",
+    ),
     "report": ("calotype.settings:ReportSettings", "calotype.report:main", "one page about a run"),
     "generate": (
         "calotype.pipeline.config:GenerateSettings",

@@ -1,7 +1,7 @@
 """Settings of `calotype anomaly`."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 from pydantic import Field, model_validator
@@ -18,6 +18,9 @@ class AnomalyFitSettings(DataSettings):
 
     What the run folder lacks is made by the commands that are printed; what is there is used as it is.
     """
+
+    VAE_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 600, "small": 10_000, "base": 50_000, "large": 150_000}
+    FLOW_LENGTHS: ClassVar[dict[str, int]] = {"tiny": 1000, "small": 10_000, "base": 50_000, "large": 150_000}
 
     source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of normal pictures, or a data.json")
     out: Path = Field(description="folder of the run")
@@ -39,6 +42,16 @@ class AnomalyFitSettings(DataSettings):
     def _nothing_for_nothing(self) -> Self:
         self.refuse_idle("diffusion_steps", self.diffusion, "--diffusion")
         return self
+
+    @property
+    def vae_length(self) -> int:
+        """Optimiser steps of the autoencoder."""
+        return self.steps or self.VAE_LENGTHS[self.preset]
+
+    @property
+    def flow_length(self) -> int:
+        """Optimiser steps of the flow."""
+        return self.flow_steps or self.FLOW_LENGTHS[self.preset]
 
 
 class AnomalyScoreSettings(Settings):
