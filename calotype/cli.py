@@ -77,6 +77,11 @@ COMMANDS = {
         "calotype.density.fit:main",
         "learn what normal pictures look like",
     ),
+    "anomaly score": (
+        "calotype.density.anomaly_config:AnomalyScoreSettings",
+        "calotype.density.score:main",
+        "how strange the pictures of a folder are, where, and a page",
+    ),
     "report": ("calotype.settings:ReportSettings", "calotype.report:main", "one page about a run"),
     "generate": (
         "calotype.pipeline.config:GenerateSettings",
