@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,3 +280,18 @@ def test_train_flow_refuses_in_a_line(tmp_path, capsys, words, message):
     assert cli.main(["train-flow", *words, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("kind", ["realnvp", "glow"])
+def test_two_processes_train_the_flow_that_one_does(finished, tmp_path, kind):
+    words = ["--latents", str(finished / "latents"), "--vae", str(finished / "stage1_vae/vae"), "--kind", kind, *WORDS]
+    words += ["--depth", "2", "--steps", "6"]
+    launch = [sys.executable, "-m", "calotype.launch", "--standalone", "--nproc_per_node=2"]
+    two = [*launch, "-m", "calotype.density.train", *words, "--out", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["train-flow", *words, "--out", str(tmp_path / "one")]) == 0
+    one, two = (load_file(tmp_path / name / "prior/model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert_close(two[name], value, atol=2e-5, rtol=1e-4)
