@@ -72,6 +72,11 @@ COMMANDS = {
         "calotype.pipeline.evaluate:main",
         "measure on held-out pictures",
     ),
+    "likelihood": (
+        "calotype.density.config:LikelihoodSettings",
+        "calotype.density.likelihood:main",
+        "how likely held-out pictures are under each model of a run",
+    ),
     "anomaly fit": (
         "calotype.density.anomaly_config:AnomalyFitSettings",
         "calotype.density.fit:main",

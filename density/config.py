@@ -1,12 +1,14 @@
 """Settings of the densities."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import tyro
 from pydantic import Field, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
-from calotype.config import Maybe, TrainSettings
+from calotype.config import Count, Maybe, Seed, Settings, TrainSettings
+from calotype.settings import Run, Source
 
 
 class FlowSettings(TrainSettings):
@@ -45,4 +47,33 @@ class FlowSettings(TrainSettings):
         if (self.latents is None) == (self.pixels is None):
             raise ValueError("--latents and --pixels: a flow is of latents or of pictures; give one of them.")
         self.refuse_idle("vae noise", self.latents is not None, "--latents")
+        return self
+
+
+class LikelihoodSettings(Settings):
+    """How likely held-out pictures are under each model of a run, in bits per dimension; writes RUN/likelihood.json."""
+
+    run: tyro.conf.Positional[Run] = Field(description="folder of the run")
+    source: tyro.conf.Positional[Maybe[Source]] = Field(
+        None, description="other pictures, prepared as those of the run (default: its held-out ones)"
+    )
+    out: Maybe[Path] = Field(None, description="file of the figures (default: likelihood.json in RUN)")
+    n: Annotated[Count, tyro.conf.arg(aliases=["-n"])] = Field(500, ge=2, description="pictures at most, spread evenly")
+    samples: Count = Field(64, ge=2, description="of z for each picture, for the bounds on log p(x)")
+    labels: bool = Field(False, description="log p(z | label): tell the flow and the diffusion model what is there")
+    solver: Literal["rk4", "heun", "dopri5"] = Field("rk4", description="of the diffusion model's ODE")
+    ode_steps: Maybe[int] = Field(None, ge=1, le=10_000, description="of it (default: 8, or 20 of heun)")
+    tolerance: float = Field(1e-3, gt=0, le=1, description="of --solver dopri5, relative and absolute")
+    probes: int = Field(1, ge=1, le=10_000, description="of Hutchinson's estimate of the trace; more are less noise")
+    exact_trace: bool = Field(False, description="no estimate: as many times the work as latents have numbers")
+    batch_size: Count = Field(64, ge=1, description="pictures at once")
+    seed: Seed = Field(0, description="of the samples and the probes")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="of the autoencoder; densities are in fp32")
+
+    @model_validator(mode="after")
+    def _nothing_for_nothing(self) -> Self:
+        self.refuse_idle("tolerance", self.solver == "dopri5", "--solver dopri5")
+        self.refuse_idle("ode_steps", self.solver != "dopri5", "--solver rk4 or heun")
+        if self.exact_trace and self.probes != 1:
+            raise ValueError(f"--probes {self.probes}: --exact-trace needs none; leave one of them out.")
         return self
