@@ -25,9 +25,13 @@ class AnomalyFitSettings(DataSettings):
     source: tyro.conf.Positional[Source] = Field(description="shapes, a folder of normal pictures, or a data.json")
     out: Path = Field(description="folder of the run")
     preset: Preset = Field("tiny", description="the one dial for width, batch, learning rate and length")
-    latent_dim: int = Field(32, ge=1, le=65_536, description="numbers of the code of a picture")
+    latent_dim: Maybe[int] = Field(
+        None, ge=1, le=65_536, description="numbers of a picture's code (default: 32; a grid of codes if it is oblong)"
+    )
     steps: Maybe[Steps] = Field(None, ge=1, description="optimiser steps of the autoencoder (default: by preset)")
-    flow: Literal["realnvp", "glow", "nsf", "ffjord"] = Field("realnvp", description="the exact density of codes")
+    flow: Maybe[Literal["realnvp", "glow", "nsf", "ffjord"]] = Field(
+        None, description="exact density of codes (default: realnvp; glow where they have height and width)"
+    )
     flow_steps: Maybe[Steps] = Field(None, ge=1, description="optimiser steps of the flow (default: by preset)")
     diffusion: bool = Field(False, description="also a diffusion model of the codes, and its likelihood as a score")
     diffusion_steps: Maybe[Steps] = Field(

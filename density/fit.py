@@ -15,6 +15,7 @@ from torch import Tensor
 
 from calotype import cli
 from calotype.checkpoint import publish, write_text
+from calotype.config import PRESET_IMAGE_SIZE
 from calotype.data import Pictures
 from calotype.density.anomaly_config import AnomalyFitSettings
 from calotype.density.calibration import Calibration, Scores, share_interval
@@ -33,14 +34,15 @@ from calotype.density.scores import SENTENCES, Networks, codes_of, hashes
 from calotype.disk import sha256
 from calotype.errors import UserError
 from calotype.images import normalize
-from calotype.latents import LatentCache
+from calotype.latents import LatentCache, read_index
 from calotype.lock import claimed
 from calotype.randomness import key
-from calotype.sheet import Sheet, read_sheet
+from calotype.sheet import Sheet, open_sheet
 
 VAL = "0.2"  # held out where nothing is said: half of them calibrate, half check
 RATES = (0.01, 0.05, 0.1)  # of false alarms, that are checked
 FEWEST = 10  # held-out pictures, below which nothing can be said
+_CODE = 32  # numbers
 _MOST = 10_000  # held-out pictures that are scored
 
 
@@ -81,20 +83,36 @@ def command(name: str, settings: AnomalyFitSettings, sheet: Sheet) -> list[str]:
     """One of the commands that a run may lack."""
     out = settings.out
     words = {
-        "train-vae": [str(out / "data.json"), "--beta", "1", "--latent-dim", str(settings.latent_dim)],
+        "train-vae": [str(out / "data.json"), "--beta", "1", *_code(settings, sheet)],
         "encode": [str(out / "data.json"), "--vae", str(out / "stage1_vae" / "vae")],
-        "train-flow": ["--latents", str(out / "latents"), "--kind", settings.flow, "--condition", "none"],
+        "train-flow": ["--latents", str(out / "latents"), "--condition", "none"],
         "train-diffusion": ["--latents", str(out / "latents"), "--vae", str(out / "stage1_vae" / "vae")],
         "export": ["--run", str(out)],
     }[name]
+    if name == "train-flow":
+        words += ["--kind", settings.flow or _flow(out)]
     steps = {"train-vae": settings.vae_length, "train-flow": settings.flow_length}
     steps |= {"train-diffusion": settings.diffusion_steps}
     if name.startswith("train"):
-        words += ["--preset", settings.preset] + ([f"--steps={steps[name]}"] if steps[name] else [])
+        words += ["--preset", settings.preset, "--validations", "3"] + (
+            [f"--steps={steps[name]}"] if steps[name] else []
+        )
         words += ["--seed", str(settings.seed)] if settings.seed else []
     if name != "train-flow" and name != "export" and settings.precision != "auto":
         words += ["--precision", settings.precision]
     return [name, *words, "--out", str(out / COMMANDS[name].split("/")[0])]
+
+
+def _code(settings: AnomalyFitSettings, sheet: Sheet) -> list[str]:
+    """One code for a whole picture, which knows it as a whole; of oblong pictures there is none."""
+    height, width = sheet.image_size
+    dim = settings.latent_dim or (_CODE if height == width else None)
+    return [] if dim is None else ["--latent-dim", str(dim)]
+
+
+def _flow(out: Path) -> str:
+    """A flow that suits the latents: one that convolves where they have height and width."""
+    return "glow" if max(read_index(out / "latents").shape[1:]) > 1 else "realnvp"
 
 
 def execute(argv: list[str]) -> None:
@@ -108,11 +126,7 @@ def _sheet(settings: AnomalyFitSettings) -> Sheet:
     file = settings.out / "data.json"
     if not file.exists():
         execute(_data_command(settings))
-    sheet = read_sheet(file)
-    if settings.source != sheet.source and Path(settings.source).absolute() != file.absolute():
-        raise UserError(
-            f"--out {settings.out} is a run of {sheet.source}, not of {settings.source}; give another --out."
-        )
+    sheet = open_sheet(settings.source, settings, settings.seed, settings.out, PRESET_IMAGE_SIZE[settings.preset])
     if sheet.counts["val"] < FEWEST:
         raise UserError(
             f"--val {sheet.val}: {sheet.counts['val']} of the pictures of {sheet.source} are held out, and at least "
@@ -256,6 +270,6 @@ def tell(out: Path, facts: Facts) -> None:
             f"False alarms at {one['rate']:.0%}: {one['share']:.1%} of the {facts.check:,} "
             f"(95 % interval {one['low']:.1%} to {one['high']:.1%})."
         )
-    for rate in set(RATES) - {one["rate"] for one in facts.false_alarms}:
+    for rate in sorted(set(RATES) - {one["rate"] for one in facts.false_alarms}):
         print(f"A rate of {rate:.0%} needs {round(1 / rate) - 1} pictures to calibrate, twice as many held out.")
     print(f"\nNext:    calotype anomaly score {out} DIR --out strange")

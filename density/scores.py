@@ -1,6 +1,8 @@
 """Scores of how strange a picture is, higher is stranger, from the networks of a run, and what each is exact about."""
 
+import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +16,9 @@ from calotype.autoencoder import Facts, Vae, decode, load_autoencoder, posterior
 from calotype.bounds import elbo, log_weights
 from calotype.checkpoint import weights_hash
 from calotype.density.calibration import Scores
-from calotype.density.flows import Flow, bits_per_dim, load_flow
+from calotype.density.flows import Flow, bits_per_dim, load_flow, log_normal
 from calotype.errors import UserError
+from calotype.images import denormalize, to_pil
 from calotype.latent_variables import model_of, refuse_odd_facts
 from calotype.randomness import normal
 
@@ -25,13 +28,13 @@ SENTENCES = {
     "flow": "Bits per dimension of the code under the flow: the exact density of the code, not of the picture.",
     "diffusion": "Bits per dimension of the latent by the probability-flow ODE: of the latent, not of the picture, and "
     "exact up to the solver and the estimate of a trace.",
-    "typicality": "How far likelihood, its parts and the error are from usual, on both sides, in nats: rare is strange "
-    "even where it is likelier than normal pictures are.",
+    "typicality": "How far likelihoods, their parts, the error and what PNG needs are from usual, on both sides, in "
+    "nats: a picture likelier than normal ones is strange too.",
     "knn": "Distance of the code to the third nearest normal one, in deviations; exact, but no likelihood.",
     "combination": "Mean surprise of all scores, in nats: calibrated on held-out normal pictures, of which alone its p "
     "and threshold are promises.",
 }
-_SAMPLES = 2  # of z for the bound
+_SAMPLES = 1  # of z for the bound: each decodes the picture once more, and more of them rank no better
 _LEAST = 1e-6  # below any error that 8 bits can show
 _FLAT = 1e-3  # variance of a picture in [-1, 1] of which nothing is to be explained
 
@@ -73,13 +76,12 @@ class Networks:
         q = self._posterior(x)
         error = (self._decode(q["mean"], size).clamp(-1, 1) - x).square()
         mean = error.flatten(1).mean(1)
-        scores = {"reconstruction": mean, **self._bound(q, x), **self._density(q["mean"])}
-        statistics = {
-            "log error": (mean + _LEAST).log(),
-            "unexplained": _unexplained(mean, x),
-            **self._parts(q["mean"]),
-        }
-        statistics |= {name: value for name, value in scores.items() if name != "reconstruction"}
+        found = {**self._bound(q, x), **self._density(q["mean"])}
+        scores = {"reconstruction": mean} | {name: value for name, value in found.items() if name in SENTENCES}
+        statistics = found | {"log error": (mean + _LEAST).log(), "unexplained": _unexplained(mean, x)}
+        statistics["complexity"] = complexity(x)
+        if "elbo" in found:
+            statistics["elbo less complexity"] = found["elbo"] - statistics["complexity"].to(x.device)
         return Measured(_plain(scores), _plain(statistics), q["mean"].cpu(), error.mean(1).cpu())
 
     def _posterior(self, x: Tensor) -> dict[str, Tensor]:
@@ -100,19 +102,15 @@ class Networks:
         return {"elbo": bits_per_dim(elbo(log_weights(model, x, noise)), x[0].numel())}
 
     def _density(self, z: Tensor) -> Scores:
-        scores = {}
-        if self.flow is not None:
-            scores["flow"] = bits_per_dim(self.flow.log_prob(z), z[0].numel())
-        if self.ode is not None:
-            scores["diffusion"] = bits_per_dim(self.ode(z), z[0].numel())
-        return scores
-
-    def _parts(self, z: Tensor) -> Scores:
-        """The two parts of the flow's log-density, where it is told no class."""
-        if self.flow is None or self.flow.classes:
-            return {}
-        eps, ladj = self.flow(z)
-        return {"log norm of eps": eps.flatten(1).norm(dim=1).log(), "log-determinant": ladj}
+        """Minus log p of the latents, and the two parts of it where the flow is told no class."""
+        found, bits = {}, partial(bits_per_dim, dimensions=z[0].numel())
+        if self.flow is not None and self.flow.classes:
+            found = {"flow": bits(self.flow.log_prob(z))}
+        elif self.flow is not None:
+            eps, ladj = self.flow(z)
+            found = {"flow": bits(log_normal(eps) + ladj)}
+            found |= {"log norm of eps": eps.flatten(1).norm(dim=1).log(), "log-determinant": ladj}
+        return found | ({} if self.ode is None else {"diffusion": bits(self.ode(z))})
 
 
 def hashes(run: Path, flow: bool, diffusion: bool) -> dict[str, str]:
@@ -131,6 +129,21 @@ def codes_of(z: Tensor, most: int = 512) -> Tensor:
         side = (side + 1) // 2
         z = F.adaptive_avg_pool2d(z, [min(side, length) for length in z.shape[2:]])
     return z.flatten(1)
+
+
+def complexity(x: Tensor) -> Tensor:
+    """Bits per dimension (B,) in which PNG keeps pictures x (B, C, H, W) in [-1, 1].
+
+    A likelihood is high for what is simple; beside what any compressor makes of the same picture it says how well the
+    model itself knows it (Serra et al. 2020).
+    """
+    return torch.tensor([8 * _png_bytes(pixels) / pixels.numel() for pixels in denormalize(x.cpu())])
+
+
+def _png_bytes(pixels: Tensor) -> int:
+    stream = io.BytesIO()
+    to_pil(pixels).save(stream, "PNG")
+    return stream.tell()
 
 
 def _unexplained(error: Tensor, x: Tensor) -> Tensor:
