@@ -107,7 +107,18 @@ def open_model(model: Path, loading: Loading | None = None):
     run = find_run(model)
     still_trains = run is not None and not (run.folder / "pipeline" / "model_index.json").is_file()
     studio = None if still_trains else open_studio(model, loading)
-    return Served(studio, run, Explorer.of_run(run.folder) if still_trains else None)
+    explorer = Explorer.of_run(run.folder) if still_trains else None
+    return Served(studio, run, explorer, open_guard(model, loading))
+
+
+def open_guard(model: Path, loading: Loading | None = None):
+    """The detector of anomalies of a run, None where it has none; its weights are left to `loading`."""
+    from calotype.demo.anomalies import Guard
+
+    guard = Guard.of_model(model)
+    if guard is not None and loading is not None:
+        loading.add(guard.load_later())
+    return guard if guard is None or loading is not None else guard.load()
 
 
 def open_studio(model: Path, loading: Loading | None = None):

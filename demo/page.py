@@ -1,12 +1,14 @@
 """The page: its masthead, its looks, and a tab for each thing that the loaded model can do."""
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
 from calotype import report
+from calotype.demo.anomalies import Guard, anomalies_tab
 from calotype.demo.edit import edit_tab
 from calotype.demo.generate import generate_tab
 from calotype.demo.interpolate import interpolate_tab
@@ -15,7 +17,11 @@ from calotype.demo.reconstruct import reconstruct_tab
 from calotype.demo.run_folder import RunFolder, run_tab
 from calotype.demo.studio import Studio
 
-_SHEETS = (report.TEMPLATE.with_name("stages.css"), Path(__file__).with_name("style.css"))
+_SHEETS = (
+    report.TEMPLATE.with_name("stages.css"),
+    files("calotype.density").joinpath("anomaly_rows.css"),
+    Path(__file__).with_name("style.css"),
+)
 CSS = "".join(sheet.read_text(encoding="utf-8") for sheet in _SHEETS)
 SANS = ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -56,11 +62,12 @@ def _hue(shades: str) -> gr.themes.Color:
 
 
 class Served(NamedTuple):
-    """A model, or an autoencoder alone, and the run of either; what is None has no tabs."""
+    """A model, or an autoencoder alone, the run of either, and its detector; what is None has no tabs."""
 
     studio: Studio | None
     run: RunFolder | None = None
     explorer: Any = None
+    guard: Guard | None = None
 
 
 def build(studio: Studio | None, title: str, run: RunFolder | None = None, explorer=None) -> gr.Blocks:
@@ -90,11 +97,14 @@ def path_of(title: str) -> str:
 
 def leaf(app: gr.Blocks, title: str, served: Served) -> None:
     """Everything about one model."""
-    gr.HTML(masthead(served.studio, title), apply_default_css=False)
+    gr.HTML(masthead(served.studio, title, served.guard), apply_default_css=False)
     if served.studio is not None:
         model_tabs(served.studio)
     elif served.explorer is not None:
         explorer_tab(served.explorer)
+    if served.guard is not None:
+        with gr.Tab("Anomalies"):
+            anomalies_tab(served.guard)
     if served.run is not None:
         with gr.Tab("Run"):
             run_tab(served.run, app)
@@ -125,9 +135,10 @@ def explorer_tab(explorer) -> None:
         explore_tab(explorer)
 
 
-def masthead(studio: Studio | None, title: str) -> str:
+def masthead(studio: Studio | None, title: str, guard: Guard | None = None) -> str:
     """The title with a line on what the model makes."""
-    facts = "A run that has no model to draw with yet" if studio is None else facts_of(studio.pipe)
+    alone = "A run that has no model to draw with yet" if guard is None else "A detector of anomalies"
+    facts = alone if studio is None else facts_of(studio.pipe)
     return f'<div class="masthead"><p class="kicker">Calotype</p><h1>{escape(title)}</h1><p>{facts}</p></div>'
 
 

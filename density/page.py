@@ -49,7 +49,7 @@ def figures(found: Found, measured: dict, anomalous: Tensor | None, settings) ->
     alarm = found.alarm
     shown = [report.Figure("Pictures", report.number(len(alarm)))]
     shown.append(
-        report.Figure("Alarms", report.number(int(alarm.sum())), f"of normal ones {settings.false_alarms:.3g}")
+        report.Figure("Alarms", report.number(int(alarm.sum())), f"at {settings.false_alarms:.3g} of normal ones")
     )
     if anomalous is not None:
         for name, part in (("normal", alarm[~anomalous]), ("other", alarm[anomalous])):

@@ -16,7 +16,7 @@ from torch import Tensor
 from calotype.checkpoint import write_text
 from calotype.density import page
 from calotype.density.anomaly_config import AnomalyScoreSettings
-from calotype.density.calibration import COMBINATION
+from calotype.density.calibration import COMBINATION, TYPICALITY
 from calotype.density.detector import Detector
 from calotype.density.found import Found
 from calotype.density.ranking import Estimate, average_precision, roc_auc
@@ -227,10 +227,10 @@ def _strangest(found: Found) -> Iterator[str]:
 def simple(found: Found) -> str:
     """One sentence on raw likelihoods, with how often one of them was misled here."""
     likely = found.too_likely(found.scores, found.p)
-    counts = [f"{int(row.sum()):,} by {name}" for name, row in zip(found.raw, likely, strict=True)]
     if not likely.any():
         return f"{SIMPLE}; none of these pictures is a case of it."
+    counts = [f"{name} finds {int(row.sum()):,}" for name, row in zip(found.raw, likely, strict=True) if row.any()]
     return (
-        f"{SIMPLE}: of these pictures, although the {COMBINATION} or typicality raises the alarm, so many are likelier "
-        f"than 95 % of held-out normal ones: {', '.join(counts)}."
+        f"{SIMPLE}: here {', '.join(counts)} likelier than 95 % of held-out normal pictures, though {COMBINATION} or "
+        f"{TYPICALITY} raises the alarm."
     )
