@@ -48,7 +48,6 @@ def train(run, source, words: list[str], kind: str) -> None:
     quietly(run / "log.txt", ["train-flow", "--latents", latents, "--kind", kind, "--out", str(run / "flow")])
 
 
-@torch.no_grad()
 def distances(run, name: str, kind: str) -> list[Figure]:
     """The rows of one autoencoder."""
     sheet = read_sheet(run / "data.json")
@@ -73,6 +72,7 @@ def distances(run, name: str, kind: str) -> list[Figure]:
     ]
 
 
+@torch.no_grad()
 def drawn(batch) -> Tensor:
     """Pictures uint8 (n, C, H, W)."""
     return torch.cat([denormalize(batch(i, min(250, _SAMPLES - i))) for i in range(0, _SAMPLES, 250)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 EXACT_TRACE = 64  # dimensions up to which the trace of a continuous flow is computed and not estimated
-_TRAINING_TOLERANCE, _TOLERANCE = 1e-4, 3e-8  # of the solver of a continuous flow
+_TRAINING_TOLERANCE, _TOLERANCE = 1e-4, 1e-8  # of the solver of a continuous flow
 _BINS = 8  # of a spline
 
 
