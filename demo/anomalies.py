@@ -76,7 +76,7 @@ def anomalies_tab(guard: Guard) -> None:
     """Pictures on the left, what is strange about them on the right, and how many false alarms are bearable."""
     guard.tell = gr.Info
     with gr.Row(elem_classes="bench"):
-        with gr.Column(scale=1, min_width=280):
+        with gr.Column(scale=1, min_width=340):
             upload = pictures_field("Pictures of your own", "crisp")
             rate = gr.Slider(LEAST_RATE, MOST_RATE, value=USUAL_RATE, step=0.005, label="Share of false alarms",
                              info="of normal pictures that may raise the alarm", buttons=[])  # fmt: skip
