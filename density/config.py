@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from calotype.changes import Allowed, Fixed, Free
 from calotype.config import Count, Maybe, Seed, Settings, TrainSettings
-from calotype.settings import Run, Source
+from calotype.settings import Run
+
+_OtherSource = Annotated[str | None, tyro.conf.arg(metavar="[SOURCE]", help_behavior_hint="")]
 
 
 class FlowSettings(TrainSettings):
@@ -54,7 +56,7 @@ class LikelihoodSettings(Settings):
     """How likely held-out pictures are under each model of a run, in bits per dimension; writes RUN/likelihood.json."""
 
     run: tyro.conf.Positional[Run] = Field(description="folder of the run")
-    source: tyro.conf.Positional[Maybe[Source]] = Field(
+    source: tyro.conf.Positional[_OtherSource] = Field(
         None, description="other pictures, prepared as those of the run (default: its held-out ones)"
     )
     out: Maybe[Path] = Field(None, description="file of the figures (default: likelihood.json in RUN)")

@@ -18,7 +18,9 @@ Prince's method at a tolerance of 1e-6 with the same probes:
 
 Hutchinson's noise is larger, and all that more probes are for: of one picture with one probe 0.021 bits per dimension
 (3.8 nats) where the probe is a fresh one at each of 32 evaluations, but 0.099 where it is the same all the way, as an
-adaptive solver needs it, and still 0.060 with four of these. So equal steps with fresh probes are the default.
+adaptive solver needs it, and still 0.060 with four of these. So equal steps with fresh probes are the default. Of 16
+latents the mean over 24 sets of probes is off the exact trace, of 256 products an evaluation, by -0.0012 +- 0.0017;
+these latents differ among each other by 0.24 (standard deviation).
 """
 
 from collections.abc import Callable, Sequence
