@@ -16,10 +16,11 @@ Prince's method at a tolerance of 1e-6 with the same probes:
     Runge-Kutta, sqrt(s), 16         63              75               0.0008
     dopri5 in s, tolerance 1e-3      32              56               0.0014
 
-Hutchinson's noise is larger, and all that more probes are for (Heun, 16 steps, three seeds): of one picture with one probe 0.021 bits per dimension
-(3.8 nats) where the probe is a fresh one at each of 32 evaluations, but 0.099 where it is the same all the way, as an
-adaptive solver needs it, and still 0.060 with four of these. So equal steps with fresh probes are the default. Of 16
-latents the mean over 24 sets of probes is off the exact trace, of 256 products an evaluation, by -0.0012 +- 0.0017;
+Hutchinson's noise is larger, and all that more probes are for. With 16 steps of Heun's method and three seeds it is, of
+one picture with one probe, 0.021 bits per dimension (3.8 nats) where the probe is a fresh one at each of 32
+evaluations, but 0.099 where it is the same all the way, as an adaptive solver needs it, and still 0.060 with four of
+these. So equal steps with fresh probes are the default. Of 16 latents the mean over 24 sets of probes is off the exact
+trace, of 256 products an evaluation, by -0.0012 +- 0.0017 with the default (0.025 for one picture and set of probes);
 these latents differ among each other by 0.24 (standard deviation).
 """
 
