@@ -83,7 +83,7 @@ def command(name: str, settings: AnomalyFitSettings, sheet: Sheet) -> list[str]:
     """One of the commands that a run may lack."""
     out = settings.out
     words = {
-        "train-vae": [str(out / "data.json"), "--beta", "1", *_code(settings, sheet)],
+        "train-vae": [str(out / "data.json"), "--beta", "1", *_warm_up(settings), *_code(settings, sheet)],
         "encode": [str(out / "data.json"), "--vae", str(out / "stage1_vae" / "vae")],
         "train-flow": ["--latents", str(out / "latents"), "--condition", "none"],
         "train-diffusion": ["--latents", str(out / "latents"), "--vae", str(out / "stage1_vae" / "vae")],
@@ -94,13 +94,17 @@ def command(name: str, settings: AnomalyFitSettings, sheet: Sheet) -> list[str]:
     steps = {"train-vae": settings.vae_length, "train-flow": settings.flow_length}
     steps |= {"train-diffusion": settings.diffusion_steps}
     if name.startswith("train"):
-        words += ["--preset", settings.preset, "--validations", "3"] + (
-            [f"--steps={steps[name]}"] if steps[name] else []
-        )
+        words += ["--preset", settings.preset, "--validations", "3"]
+        words += ["--steps", str(steps[name])] if steps[name] else []
         words += ["--seed", str(settings.seed)] if settings.seed else []
     if name != "train-flow" and name != "export" and settings.precision != "auto":
         words += ["--precision", settings.precision]
     return [name, *words, "--out", str(out / COMMANDS[name].split("/")[0])]
+
+
+def _warm_up(settings: AnomalyFitSettings) -> list[str]:
+    """The bound's price grows over half of the run: paid at once, codes can collapse and tell nothing."""
+    return ["--beta-warmup", str(settings.vae_length // 2)]
 
 
 def _code(settings: AnomalyFitSettings, sheet: Sheet) -> list[str]:
