@@ -7,7 +7,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +74,10 @@ def linked(folder: Path, files: list[Path], root: Path) -> Path:
     return folder
 
 
-def each(args: argparse.Namespace, run: Callable[[int], dict]) -> list[dict]:
-    """What `run` finds for each digit, several at a time; what takes long in it is a process."""
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(run, range(args.runs)))
+def each(args: argparse.Namespace, run: Callable[[argparse.Namespace, int], dict]) -> list[dict]:
+    """What `run` finds for each digit, several at a time, in processes of one thread."""
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(partial(run, args), range(args.runs)))
 
 
 def some(folder: Path, count: int) -> list[Image.Image]:
@@ -104,26 +106,26 @@ def auc(normal: torch.Tensor, anomalous: torch.Tensor) -> Estimate:
 
 def digits(args: argparse.Namespace) -> list[Figure]:
     """One digit is normal."""
-
-    def one(k: int) -> dict:
-        run = fitted(args, f"digit-{k}", args.mnist / "train" / str(k))
-        found = judged(args, run, [k], [j for j in range(10) if j != k])
-        return found | {"diffusion alone": by_diffusion(args, run, k)}
-
-    found = each(args, one)
+    found = each(args, _one_normal)
     return [*of_scores("one normal", found), *alarms(found)]
+
+
+def _one_normal(args: argparse.Namespace, k: int) -> dict:
+    run = fitted(args, f"digit-{k}", args.mnist / "train" / str(k))
+    found = judged(args, run, [k], [j for j in range(10) if j != k])
+    return found | {"diffusion alone": by_diffusion(args, run, k)}
 
 
 def left_out(args: argparse.Namespace) -> list[Figure]:
     """One digit is not normal."""
+    return of_scores("one left out", each(args, _one_left_out), goals=False)
 
-    def one(k: int) -> dict:
-        root, rest = args.mnist / "train", [j for j in range(10) if j != k]
-        files = [file for j in rest for file in sorted((root / str(j)).iterdir())[:_LEFT_OUT]]
-        source = linked(args.out / f"without-{k}-pictures", files, root)
-        return judged(args, fitted(args, f"without-{k}", source), rest, [k])
 
-    return of_scores("one left out", each(args, one), goals=False)
+def _one_left_out(args: argparse.Namespace, k: int) -> dict:
+    root, rest = args.mnist / "train", [j for j in range(10) if j != k]
+    files = [file for j in rest for file in sorted((root / str(j)).iterdir())[:_LEFT_OUT]]
+    source = linked(args.out / f"without-{k}-pictures", files, root)
+    return judged(args, fitted(args, f"without-{k}", source), rest, [k])
 
 
 def judged(args: argparse.Namespace, run: Path, normal: list[int], others: list[int]) -> dict:
