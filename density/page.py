@@ -48,9 +48,8 @@ def figures(found: Found, measured: dict, anomalous: Tensor | None, settings) ->
     """The few numbers a reader wants first."""
     alarm = found.alarm
     shown = [report.Figure("Pictures", report.number(len(alarm)))]
-    shown.append(
-        report.Figure("Alarms", report.number(int(alarm.sum())), f"at {settings.false_alarms:.3g} of normal ones")
-    )
+    share = f"at {100 * settings.false_alarms:.3g} % of normal ones"
+    shown.append(report.Figure("Alarms", report.number(int(alarm.sum())), share))
     if anomalous is not None:
         for name, part in (("normal", alarm[~anomalous]), ("other", alarm[anomalous])):
             shown.append(report.Figure(f"of the {name} ones", report.number(int(part.sum())), f"of {len(part):,}"))

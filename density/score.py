@@ -206,14 +206,15 @@ def alarms(found: Found, anomalous: Tensor | None) -> str:
 def checked(found: Found, settings: AnomalyScoreSettings, detector: Detector) -> str:
     """One or two sentences: where the alarm begins, and how often others that are normal reached it."""
     facts = detector.facts
+    share = f"{100 * settings.false_alarms:.3g} %"
     words = (
-        f"The alarm begins at a {COMBINATION} of {found.limits[COMBINATION]:.4g}, which {settings.false_alarms:.3g} of "
-        f"normal pictures reach, by {facts.calibration:,} held-out ones."
+        f"The alarm begins at a {COMBINATION} of {found.limits[COMBINATION]:.4g}, which {share} of normal pictures "
+        f"reach, by {facts.calibration:,} held-out ones."
     )
     for one in facts.false_alarms:
         if one["rate"] == settings.false_alarms:
-            interval = f"95 % interval {one['low']:.3f} to {one['high']:.3f}"
-            words += f" Of {facts.check:,} others, held out too, {one['share']:.3f} did ({interval})."
+            interval = f"95 % interval {one['low']:.1%} to {one['high']:.1%}"
+            words += f" Of {facts.check:,} others, held out too, {one['share']:.1%} did ({interval})."
     return words
 
 
