@@ -28,6 +28,7 @@ from calotype.density.detector import (
     read_facts,
     with_neighbours,
 )
+from calotype.density.flows import refuse_missing_zuko
 from calotype.density.neighbours import Neighbours, some, thumbnails
 from calotype.density.places import usual
 from calotype.density.scores import SENTENCES, Networks, codes_of, hashes
@@ -48,6 +49,7 @@ _MOST = 10_000  # held-out pictures that are scored
 
 def main(settings: AnomalyFitSettings) -> None:
     """Make what is missing, calibrate, and check the false alarms on pictures that had no part in it."""
+    refuse_missing_zuko("`calotype anomaly fit`")  # before minutes are spent on what comes first
     sheet = _sheet(settings)
     with claimed(settings.out):
         for name in COMMANDS:

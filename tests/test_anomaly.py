@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,10 @@ def test_too_few_held_out_pictures_are_refused_before_anything_is_trained(pictur
 
 def test_a_run_of_other_pictures_is_refused(run, pictures, capsys):
     assert "holds the data sheet of" in refusal(capsys, ["anomaly", "fit", pictures, "--out", run])
+
+
+def test_a_missing_extra_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    assert cli.main(["anomaly", "fit", "shapes", "--out", str(tmp_path / "run")]) == 2
+    assert "needs the package zuko; pip install 'calotype[flows]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
