@@ -9,7 +9,7 @@ from benchmarks.density_anomalies import linked, quietly
 from benchmarks.figures import Figure
 from calotype import own_features
 from calotype.autoencoder import Vae, decode, load_autoencoder, read_facts
-from calotype.data import Pictures
+from calotype.data import Pictures, evenly_spaced
 from calotype.density.flows import load_flow
 from calotype.density.generate import draw
 from calotype.device import device
@@ -55,7 +55,8 @@ def distances(run, name: str, kind: str) -> list[Figure]:
     pictures = Pictures(sheet, "val")
     real = moments(network.of((torch.stack([pictures[i]]) for i in range(len(pictures))), device()))
     vae, flow = load_autoencoder(run / "stage1_vae" / "vae", "--vae"), load_flow(run / "flow" / "prior", "--flow")
-    labels = LatentCache(run / "latents", "train").gather(torch.arange(_SAMPLES).numpy(), "label")
+    cache = LatentCache(run / "latents", "train")
+    labels = cache.gather(torch.tensor(evenly_spaced(len(cache), _SAMPLES)).numpy(), "label")  # a cache is in order
     told = [flow.facts.classes[k] for k in labels]
     made = {"flow": drawn(lambda i, n: draw(flow, vae, told[i : i + n], i))}
     made["N(0, I)"] = drawn(lambda i, n: _from_normal(run, vae, flow.shape, i, n))
