@@ -24,6 +24,7 @@ from calotype.density.detector import Detector
 from calotype.density.examples import dequantize
 from calotype.density.flows import bits_per_dim, load_flow, log_normal
 from calotype.density.ranking import Estimate, roc_auc
+from calotype.density.scores import complexity
 from calotype.images import load_image, normalize
 from calotype.randomness import uniform
 from calotype.sheet import read_sheet
@@ -234,48 +235,38 @@ def strangers(args: argparse.Namespace, classes: list[str]) -> dict[str, list[Im
 
 def in_pixels(args, run: Path, detector: Detector, kinds: dict[str, list[Image.Image]]) -> list[Figure]:
     """The same with a flow of the pictures themselves: its likelihood as it is, and how typical that is."""
-    words = [
-        "--pixels",
-        str(run / "data.json"),
-        "--kind",
-        "glow",
-        "--width",
-        "64",
-        "--depth",
-        "6",
-        "--batch-size",
-        "64",
-    ]
-    words += ["--condition", "none", "--steps", str(_PIXEL_STEPS), "--validations", "2"]
+    network = "--kind glow --width 64 --depth 6 --batch-size 64 --condition none --validations 2".split()
+    words = ["--pixels", str(run / "data.json"), *network, "--steps", str(_PIXEL_STEPS)]
     quietly(args.out / "photographs.txt", ["train-flow", *words, "--out", str(run / "pixels")])
     flow = load_flow(run / "pixels" / "prior", "--flow")
     pictures = Pictures(read_sheet(run / "data.json"), "val")
-    held_out = [pictures[i] for i in evenly_spaced(len(pictures), _SIMPLE)]
-    typicality = Typicality(_of_pixels(flow, normalize(torch.stack(held_out))))
-    found = {
-        kind: _of_pixels(flow, torch.cat([detector.prepare(image) for image in images]))
-        for kind, images in kinds.items()
-    }
-    usual, rows = found.pop("photographs"), []
-    for kind, values in found.items():
-        raw, typical = auc(usual["bits"], values["bits"]), auc(typicality(usual), typicality(values))
-        bits = f"{values['bits'].mean():.2f} bits/dim against {usual['bits'].mean():.2f}"
-        rows += [
-            Figure(f"pixels against {kind}: likelihood", raw.value, "AUC", low=raw.low, high=raw.high, how=bits),
-            Figure(
-                f"pixels against {kind}: typicality", typical.value, "AUC", 0.99, low=typical.low, high=typical.high
-            ),
-        ]
+    held_out = normalize(torch.stack([pictures[i] for i in evenly_spaced(len(pictures), _SIMPLE)]))
+    x = {kind: torch.cat([detector.prepare(image) for image in images]) for kind, images in kinds.items()}
+    normal, found = _of_pixels(flow, held_out), {kind: _of_pixels(flow, part) for kind, part in x.items()}
+    usual = found.pop("photographs")
+    return [row for kind, values in found.items() for row in _rows_in_pixels(kind, normal, usual, values)]
+
+
+def _rows_in_pixels(kind: str, normal: Scores, usual: Scores, strange: Scores) -> list[Figure]:
+    """Likelihood, and typicality as far as the flow itself goes and with what PNG needs, as a detector has it."""
+    raw, typical = auc(usual["bits"], strange["bits"]), f"pixels against {kind}: typicality"
+    bits = f"{strange['bits'].mean():.2f} bits/dim against {usual['bits'].mean():.2f}"
+    rows = [Figure(f"pixels against {kind}: likelihood", raw.value, "AUC", low=raw.low, high=raw.high, how=bits)]
+    for names, goal, how in ((["bits", "norm"], None, "by the flow alone"), (list(usual), 0.99, "and what PNG needs")):
+        measure = Typicality({name: normal[name] for name in names})
+        found = auc(*(measure({name: values[name] for name in names}) for values in (usual, strange)))
+        rows.append(Figure(typical, found.value, "AUC", goal, low=found.low, high=found.high, how=how))
     return rows
 
 
 @torch.no_grad()
 def _of_pixels(flow, x: torch.Tensor) -> Scores:
-    """Bits per dimension of 8-bit pictures and the norm of their noise (n,), from the middle of each bin."""
+    """Bits per dimension of 8-bit pictures, the norm of their noise, and what PNG needs beside these bits (n,)."""
     found = []
     for part in ((x + 1) * 127.5).round().byte().split(100):
         eps, ladj = flow(dequantize(part, torch.tensor(0.5)))
         size = part[0].numel()
         found.append(torch.stack([bits_per_dim(log_normal(eps) + ladj, size) + 7, eps.flatten(1).norm(dim=1)]))
     bits, norm = torch.cat(found, dim=1).double()
-    return {"bits": bits, "norm": norm}
+    needed = complexity(x).double()
+    return {"bits": bits, "norm": norm, "complexity": needed, "bits less complexity": bits - needed}
