@@ -66,7 +66,7 @@ def distances(run, name: str, kind: str) -> list[Figure]:
         shown = run / f"{'flow' if prior == 'flow' else 'normal'}.png"
         image_grid(x[:48], columns=12).save(shown)
         print(f"{name}, {prior}: {shown}")
-    how = f"fid[own], n = {_SAMPLES:,} against {len(pictures):,} held-out pictures"
+    how = f"Fréchet distance in own features, n = {_SAMPLES:,} against {len(pictures):,} held-out pictures"
     return [
         Figure(f"{name}: N(0, I) prior", values["N(0, I)"], "", how=how),
         Figure(f"{name}: {kind} prior", values["flow"], "", values["N(0, I)"], True, how=how),
