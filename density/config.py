@@ -28,7 +28,7 @@ class FlowSettings(TrainSettings):
     pixels: Free[Maybe[Path]] = Field(None, description="instead the pictures of this data.json themselves")
     vae: Free[Maybe[Path]] = Field(None, description="the cache's autoencoder (default: LATENTS/../stage1_vae/vae)")
     kind: Fixed[Literal["realnvp", "glow", "nsf", "ffjord"]] = Field(
-        "glow", description="glow convolves, so it suits latents with height and width; the others see a flat vector"
+        "glow", description="glow convolves, for latents with sides, best even ones; the others see a flat vector"
     )
     condition: Fixed[Maybe[Literal["none", "class"]]] = Field(
         None, description="what it is told (default: class where there are any)"
