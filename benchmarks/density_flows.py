@@ -13,7 +13,7 @@ from calotype.density.flows import DEPTH, Flow, FlowFacts, build
 from calotype.randomness import normal, uniform
 
 _STEPS, _BATCH, _WIDTH = 600, 256, 64
-_CELL, _REACH = 0.01, (-2.5, 3.5)  # of the grid over which the density is summed
+_CELL, _REACH = 0.02, (-2.5, 3.5)  # of the grid over which the density is summed
 _SPATIAL = (4, 8, 8)
 
 
